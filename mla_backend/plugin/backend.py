@@ -1,0 +1,99 @@
+"""What the backend supports, as vLLM asks it."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import torch
+from vllm.config.cache import CacheDType
+from vllm.model_executor.layers.attention.mla_attention import MLACommonBackend
+from vllm.platforms import current_platform
+from vllm.platforms.interface import DeviceCapability
+from vllm.v1.attention.backend import MultipleOf
+
+import mla_backend
+from mla_backend.plugin import releases
+from mla_backend.plugin.impl import HopperMLAImpl
+from mla_backend.plugin.metadata import HopperMLAMetadataBuilder
+
+HOPPER = DeviceCapability(9, 0)
+
+
+class HopperMLABackend(MLACommonBackend):
+    """Decode over the latent cache with `mla_decode`; prefill is vLLM's own."""
+
+    supported_dtypes: ClassVar[list[torch.dtype]] = [torch.bfloat16, torch.float16]
+    supported_kv_cache_dtypes: ClassVar[list[CacheDType]] = ["auto", "bfloat16", "float16"]
+
+    @staticmethod
+    def get_name() -> str:
+        return releases.NAME
+
+    @staticmethod
+    def get_impl_cls() -> type[HopperMLAImpl]:
+        return HopperMLAImpl
+
+    @staticmethod
+    def get_builder_cls() -> type[HopperMLAMetadataBuilder]:
+        return HopperMLAMetadataBuilder
+
+    @classmethod
+    def get_supported_head_sizes(cls) -> list[int]:
+        return [mla_backend.KV_LORA_RANK + mla_backend.QK_ROPE_HEAD_DIM]
+
+    @staticmethod
+    def get_supported_kernel_block_sizes(kv_cache_spec: object = None) -> list[int | MultipleOf]:
+        return [MultipleOf(16)]
+
+    @classmethod
+    def supports_block_size(cls, block_size: int | None) -> bool:
+        return block_size is None or block_size % 16 == 0
+
+    @classmethod
+    def supports_dtype(cls, dtype: torch.dtype) -> bool:
+        # fp32 only where vLLM's prefill takes it too.
+        return dtype in cls.supported_dtypes or (dtype == torch.float32 and current_platform.is_cpu())
+
+    @classmethod
+    def supports_compute_capability(cls, capability: DeviceCapability | None) -> bool:
+        # None is a platform without GPUs.
+        return capability is None or capability == HOPPER
+
+    @classmethod
+    def supports_device_cpu_query_lens_mismatch(cls) -> bool:
+        # The schedule's bound on query lengths comes from the host's copy.
+        return False
+
+    @classmethod
+    def supports_combination(
+        cls,
+        head_size: int,
+        dtype: torch.dtype,
+        kv_cache_dtype: CacheDType | None,
+        block_size: int | None,
+        use_mla: bool,
+        has_sink: bool,
+        use_sparse: bool,
+        use_mm_prefix: bool,
+        device_capability: DeviceCapability | None,
+    ) -> str | None:
+        if kv_cache_dtype in ("bfloat16", "float16") and str(dtype) != f"torch.{kv_cache_dtype}":
+            return f"a {kv_cache_dtype} cache needs a model in {kv_cache_dtype}, not {dtype}"
+        return None
+
+    @classmethod
+    def describe_support(cls) -> str:
+        """Say in words what the backend serves on this platform."""
+        dtypes = [str(dtype).removeprefix("torch.") for dtype in (*cls.supported_dtypes, torch.float32)]
+        return (
+            f"dense MLA decoders with head_size {cls.get_supported_head_sizes()[0]} "
+            f"({mla_backend.KV_LORA_RANK} latent + {mla_backend.QK_ROPE_HEAD_DIM} rotary), dtype "
+            f"{', '.join(name for name in dtypes if cls.supports_dtype(getattr(torch, name)))}, kv_cache_dtype "
+            f"{', '.join(cls.supported_kv_cache_dtypes)}, block_size a multiple of 16, a Hopper GPU (compute capability "
+            f"{HOPPER.major}.{HOPPER.minor}) or the CPU"
+        )
+
+    @classmethod
+    def describe_kernel(cls) -> str:
+        """Say in words what computes the attention on this platform."""
+        return f"mla_decode by {mla_backend.kernel_name(torch.device(current_platform.device_type))}"

@@ -1,0 +1,100 @@
+"""Once per layer: writing the cache, and the decode call."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from vllm.model_executor.layers.attention.mla_attention import MLACommonImpl
+from vllm.v1.attention.backend import AttentionLayer, AttentionType
+
+from mla_backend.decode import HEAD_DIM, KV_LORA_RANK, QK_ROPE_HEAD_DIM, mla_decode
+from mla_backend.plugin.metadata import HopperMLAMetadata
+
+
+class HopperMLAImpl(MLACommonImpl[HopperMLAMetadata]):
+    # A rank's share of a request is not causal by position alone, which mla_decode does not know of.
+    supports_dcp: bool = False
+    supports_pcp: bool = False
+
+    def __init__(
+        self,
+        num_heads: int,
+        head_size: int,
+        scale: float,
+        num_kv_heads: int,
+        alibi_slopes: list[float] | None,
+        sliding_window: int | None,
+        kv_cache_dtype: str,
+        logits_soft_cap: float | None,
+        attn_type: str,
+        kv_sharing_target_layer_name: str | None,
+        **mla_args: Any,
+    ) -> None:
+        super().__init__(
+            num_heads,
+            head_size,
+            scale,
+            num_kv_heads,
+            alibi_slopes,
+            sliding_window,
+            kv_cache_dtype,
+            logits_soft_cap,
+            attn_type,
+            kv_sharing_target_layer_name,
+            **mla_args,
+        )
+        asked = {"alibi_slopes": alibi_slopes, "sliding_window": sliding_window, "logits_soft_cap": logits_soft_cap}
+        asked = {name: value for name, value in asked.items() if value is not None}
+        if asked or attn_type != AttentionType.DECODER:
+            raise NotImplementedError(
+                f"HOPPER_MLA serves plain causal decoder attention, but this layer asks for {asked or attn_type}; "
+                f"choose another backend with --attention-backend."
+            )
+        # Queries stay in the model's dtype, also over a quantised cache.
+        self.supports_quant_query_input = False
+
+    def do_kv_cache_update(
+        self,
+        kv_c_normed: torch.Tensor,
+        k_pe: torch.Tensor,
+        kv_cache: torch.Tensor,
+        slot_mapping: torch.Tensor,
+        kv_cache_dtype: str,
+        k_scale: torch.Tensor,
+        *newer: Any,
+    ) -> None:
+        """Write this step's tokens into the cache; on the CPU, for which vLLM has no operator, in PyTorch.
+
+        `newer` takes what later releases pass in addition (skip_scale, from 0.33 on).
+        """
+        if not kv_cache.is_cpu:
+            super().do_kv_cache_update(kv_c_normed, k_pe, kv_cache, slot_mapping, kv_cache_dtype, k_scale, *newer)
+        elif kv_cache.numel() > 0:
+            slots = slot_mapping.flatten()
+            written = slots >= 0  # -1 marks padding
+            tokens = torch.cat((kv_c_normed, k_pe.squeeze(1)), dim=-1)
+            kv_cache.view(-1, HEAD_DIM)[slots[written]] = tokens[: len(slots)][written]
+
+    def forward_mqa(
+        self,
+        q: torch.Tensor | tuple[torch.Tensor, torch.Tensor],
+        kv_c_and_k_pe_cache: torch.Tensor,
+        attn_metadata: HopperMLAMetadata,
+        layer: AttentionLayer,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Attend the absorbed queries of the decode tokens; returns [tokens, heads, 512] and no lse."""
+        decode = attn_metadata.decode
+        assert decode is not None
+        q_nope, q_pe = q if isinstance(q, tuple) else q.split((KV_LORA_RANK, QK_ROPE_HEAD_DIM), dim=-1)
+        out = mla_decode(
+            q_nope,
+            q_pe,
+            kv_c_and_k_pe_cache,
+            decode.block_table,
+            decode.seq_lens,
+            decode.query_start_loc,
+            softmax_scale=self.scale,
+            schedule=decode.schedule,
+        )
+        return out, None

@@ -1,0 +1,71 @@
+"""Once per step: block tables, lengths and the schedule, in buffers that a CUDA graph can replay with."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from vllm.config import VllmConfig
+from vllm.model_executor.layers.attention.mla_attention import (
+    MLACommonDecodeMetadata,
+    MLACommonMetadata,
+    MLACommonMetadataBuilder,
+    QueryLenSupport,
+)
+from vllm.v1.attention.backend import AttentionCGSupport
+from vllm.v1.kv_cache_interface import AttentionSpec
+
+from mla_backend.schedule import DecodeSchedule, ScheduleBuffers
+
+
+@dataclass
+class HopperMLADecodeMetadata(MLACommonDecodeMetadata):
+    """What the decode call of every layer needs, beside vLLM's block table and lengths."""
+
+    query_start_loc: torch.Tensor
+    schedule: DecodeSchedule
+
+
+class HopperMLAMetadata(MLACommonMetadata[HopperMLADecodeMetadata]):
+    pass
+
+
+class HopperMLAMetadataBuilder(MLACommonMetadataBuilder[HopperMLAMetadata]):
+    # Lengths, block tables and the schedule are read on the device, so a captured decode batch replays with any other
+    # of its shape. Batches with prefills cannot be captured: vLLM's own prefill is not capturable.
+    _cudagraph_support: ClassVar[AttentionCGSupport] = AttentionCGSupport.UNIFORM_BATCH
+    query_len_support: ClassVar[QueryLenSupport] = QueryLenSupport.VARLEN
+    # Prefills of up to 128 tokens go the decode way: they share one launch with the decodes.
+    reorder_batch_threshold: int = 128
+
+    def __init__(
+        self, kv_cache_spec: AttentionSpec, layer_names: list[str], vllm_config: VllmConfig, device: torch.device
+    ) -> None:
+        super().__init__(kv_cache_spec, layer_names, vllm_config, device, HopperMLAMetadata)
+        self._schedule_buffers = ScheduleBuffers.allocate(vllm_config.scheduler_config.max_num_seqs, device)
+
+    def _build_decode(
+        self,
+        block_table_tensor: torch.Tensor,
+        seq_lens_device: torch.Tensor,
+        max_seq_len: int,
+        query_start_loc_cpu: torch.Tensor,
+        query_start_loc_device: torch.Tensor,
+        num_decode_tokens: int,
+        dcp_tot_seq_lens_device: torch.Tensor | None,
+        **newer: Any,
+    ) -> HopperMLADecodeMetadata:
+        """Build the decode part; `newer` takes what later releases pass in addition (max_query_len, from 0.32 on)."""
+        return HopperMLADecodeMetadata(
+            block_table=block_table_tensor,
+            seq_lens=seq_lens_device,
+            dcp_tot_seq_lens=dcp_tot_seq_lens_device,
+            query_start_loc=query_start_loc_device,
+            schedule=DecodeSchedule.plan(
+                seq_lens_device,
+                max_query_len=int(query_start_loc_cpu.diff().max()),
+                max_seq_len=max_seq_len,
+                buffers=self._schedule_buffers,
+            ),
+        )

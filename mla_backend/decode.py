@@ -87,7 +87,8 @@ def mla_decode(
         schedule: of this step, made from the same `seq_lens`.
         causal: see above.
         kv_scale: one fp32 number, the factor from a float8 cache's numbers to their true values.
-        out: [tokens, heads, 512] of the queries' dtype, written to; contiguous in the last dimension. Allocated by default.
+        out: [tokens, heads, 512] of the queries' dtype, written to; any strides with a contiguous last
+            dimension. Allocated by default.
         return_lse: also return the natural log of the softmax denominator, [tokens, heads] fp32.
 
     Returns:
@@ -240,10 +241,19 @@ def _check(
         if tensor.dtype != torch.float32:
             _wrong_dtype(name, tensor, "torch.float32")
 
-    everything = {"q_pe": q_pe, "kv_cache": kv_cache, "out": out, "schedule": schedule.request_tiles, **indices, **scale}
+    everything = {
+        "q_pe": q_pe,
+        "kv_cache": kv_cache,
+        "out": out,
+        "schedule": schedule.request_tiles,
+        **indices,
+        **scale,
+    }
     for name, tensor in everything.items():
         if tensor.device != q_nope.device:
-            raise ValueError(f"mla_decode: {name} is on {tensor.device}, but q_nope is on {q_nope.device}; move it there.")
+            raise ValueError(
+                f"mla_decode: {name} is on {tensor.device}, but q_nope is on {q_nope.device}; move it there."
+            )
 
 
 def _wrong_shape(name: str, tensor: torch.Tensor, wanted: str) -> None:

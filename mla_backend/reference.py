@@ -1,7 +1,7 @@
 """MLA decode in plain PyTorch: the oracle of every test, and what runs where there is no compiled kernel.
 
-The formula is the absorbed form of multi-head latent attention (DeepSeek-V2, arXiv 2405.04434, section 2.1.2): all heads
-attend to one shared sequence of 576-vectors, whose first 512 numbers serve as the value too. The softmax is
+The formula is the absorbed form of multi-head latent attention (DeepSeek-V2, arXiv 2405.04434, section 2.1.2): all
+heads attend to one shared sequence of 576-vectors, whose first 512 numbers serve as the value too. The softmax is
 computed online over chunks of the sequence (Milakov and Gimelshein, arXiv 1805.02867), in fp32.
 """
 

@@ -11,3 +11,14 @@ def register() -> None:
 
     releases.register_backend()
     selection.install()
+
+
+def register_name() -> None:
+    """Make the backend's name known: the entry point of the group `vllm.platform_plugins`.
+
+    vLLM asks these entry points for a platform as soon as it is imported; this one has none to offer. It is there
+    because `LLM(attention_config={"backend": "HOPPER_MLA"})` looks the name up before vLLM loads general plugins.
+    """
+    from mla_backend.plugin import releases
+
+    releases.register_backend()

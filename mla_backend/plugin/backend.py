@@ -89,8 +89,8 @@ class HopperMLABackend(MLACommonBackend):
             f"dense MLA decoders with head_size {cls.get_supported_head_sizes()[0]} "
             f"({mla_backend.KV_LORA_RANK} latent + {mla_backend.QK_ROPE_HEAD_DIM} rotary), dtype "
             f"{', '.join(name for name in dtypes if cls.supports_dtype(getattr(torch, name)))}, kv_cache_dtype "
-            f"{', '.join(cls.supported_kv_cache_dtypes)}, block_size a multiple of 16, a Hopper GPU (compute capability "
-            f"{HOPPER.major}.{HOPPER.minor}) or the CPU"
+            f"{', '.join(cls.supported_kv_cache_dtypes)}, block_size a multiple of 16, a Hopper GPU (compute "
+            f"capability {HOPPER.major}.{HOPPER.minor}) or the CPU"
         )
 
     @classmethod

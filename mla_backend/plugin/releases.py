@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import vllm._custom_ops
 import vllm.v1.attention.backends.registry as registry
 from vllm.logger import init_logger
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
@@ -64,6 +63,8 @@ def cpu_attends_to_context() -> bool:
 
     Without it neither chunked prefill nor prefix caching is possible on the CPU.
     """
+    import vllm._custom_ops  # here, because importing it needs vLLM's platform, and register_backend runs before that
+
     return hasattr(vllm._custom_ops, "gather_mla_context_cache_cpu")
 
 

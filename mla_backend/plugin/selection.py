@@ -26,7 +26,6 @@ logger = init_logger("vllm.mla_backend")
 
 VARIABLE = "VLLM_ATTENTION_BACKEND"
 MLA_KIND = KVCacheSpecKind.MLA_ATTENTION.value
-INSTEAD = "Use another backend (--attention-backend FLASHMLA or TRITON_MLA, for example), or name none and vLLM chooses."
 
 
 def install() -> None:
@@ -52,20 +51,38 @@ def _put_before(owner: type, name: str, answer: Callable[..., Any]) -> None:
 
 
 def complete_config(original: Callable[[VllmConfig], None], vllm_config: VllmConfig) -> None:
-    """Apply VLLM_ATTENTION_BACKEND, and on the CPU keep the settings that only vLLM's own MLA backends need changed."""
-    apply_environment(vllm_config)
-    if current_platform.is_cpu() and is_chosen(vllm_config) and releases.cpu_attends_to_context():
+    """Apply VLLM_ATTENTION_BACKEND, and stop where the backend is chosen for a model that it cannot serve.
+
+    On the CPU, also keep the settings that only vLLM's own MLA backends need changed.
+    """
+    model = vllm_config.model_config
+    if model is not None:
+        apply_environment(vllm_config)
+    if model is None or not is_chosen(vllm_config):
+        original(vllm_config)
+        return
+    # The layers ask again, one by one; asking here stops start-up before any process is started. A draft model may
+    # have other attention than its target, and what is not MLA in it is not this backend's.
+    if model.use_mla or model.runner_type != "draft":
+        refuse_unserved(
+            model.model,
+            AttentionSelectorConfig(
+                head_size=model.get_head_size(),
+                dtype=model.dtype,
+                kv_cache_dtype=vllm_config.cache_config.cache_dtype,
+                block_size=None,
+                use_mla=model.use_mla,
+                use_sparse=hasattr(model.hf_text_config, "index_topk"),
+            ),
+        )
+    if current_platform.is_cpu() and releases.cpu_attends_to_context():
         _complete_cpu_config(original, vllm_config)
     else:
         original(vllm_config)
 
 
 def apply_environment(vllm_config: VllmConfig) -> None:
-    """Let VLLM_ATTENTION_BACKEND=HOPPER_MLA choose the backend for MLA layers, unless a backend is named explicitly.
-
-    Raises:
-        ValueError: the model has no multi-head latent attention.
-    """
+    """Let VLLM_ATTENTION_BACKEND=HOPPER_MLA choose the backend for MLA layers, unless a backend is named explicitly."""
     asked = os.environ.get(VARIABLE, "")
     if not asked:
         return
@@ -73,25 +90,15 @@ def apply_environment(vllm_config: VllmConfig) -> None:
         _warn_of_other_value(asked)
         return
     attention = vllm_config.attention_config
-    if attention.backend is not None or MLA_KIND in attention.backend_per_kind:
-        return
-    speculative = vllm_config.speculative_config
-    model = vllm_config.model_config if speculative is None else speculative.target_model_config
-    if model is None:
-        return
-    if not model.use_mla:
-        raise ValueError(
-            f"{VARIABLE}={releases.NAME} asks for a backend that serves models with multi-head latent attention only "
-            f"(DeepSeek-V2/V3/R1, Kimi-K2, Moonlight), but {model.model} has none or has it disabled; unset {VARIABLE}."
-        )
-    attention.backend_per_kind[MLA_KIND] = releases.backend_member()
+    if attention.backend is None and MLA_KIND not in attention.backend_per_kind:
+        attention.backend_per_kind[MLA_KIND] = releases.backend_member()
 
 
 @functools.cache
 def _warn_of_other_value(asked: str) -> None:
     logger.warning(
-        "%s=%s has no effect: this vLLM no longer reads the variable, and mla_backend acts on %s only. "
-        "Use --attention-backend %s instead.",
+        "%s=%s has no effect: this vLLM no longer reads the variable, and mla_backend acts on %s only; "
+        "use --attention-backend %s instead.",
         VARIABLE,
         asked,
         releases.NAME,
@@ -100,7 +107,7 @@ def _warn_of_other_value(asked: str) -> None:
 
 
 def is_chosen(vllm_config: VllmConfig) -> bool:
-    """Whether the backend serves the MLA layers of `vllm_config`."""
+    """Whether the backend is to serve the MLA layers of `vllm_config`."""
     attention = vllm_config.attention_config
     return releases.is_backend(attention.backend_per_kind.get(MLA_KIND, attention.backend))
 
@@ -113,19 +120,13 @@ def _complete_cpu_config(original: Callable[[VllmConfig], None], vllm_config: Vl
     """
     cache, scheduler = vllm_config.cache_config, vllm_config.scheduler_config
     block_size = cache.block_size if cache.user_specified_block_size else None
-    prefix_caching, chunked_prefill = cache.enable_prefix_caching, scheduler.enable_chunked_prefill
+    configured = (cache.enable_prefix_caching, scheduler.enable_chunked_prefill)
     max_num_batched_tokens = scheduler.max_num_batched_tokens
     original(vllm_config)
-    changed = (cache.enable_prefix_caching, scheduler.enable_chunked_prefill) != (prefix_caching, chunked_prefill)
-    cache.enable_prefix_caching, scheduler.enable_chunked_prefill = prefix_caching, chunked_prefill
-    if changed:
+    if (cache.enable_prefix_caching, scheduler.enable_chunked_prefill) != configured:
+        cache.enable_prefix_caching, scheduler.enable_chunked_prefill = configured
         scheduler.max_num_batched_tokens = max_num_batched_tokens
-        logger.info(
-            "%s attends to cached tokens: prefix caching (%s) and chunked prefill (%s) stay as configured.",
-            releases.NAME,
-            prefix_caching,
-            chunked_prefill,
-        )
+        logger.info("%s keeps prefix caching (%s) and chunked prefill (%s) as configured.", releases.NAME, *configured)
     if block_size is not None:
         cache.block_size = block_size
 
@@ -136,32 +137,35 @@ def choose_backend(
     attn_selector_config: AttentionSelectorConfig,
     num_heads: int | None = None,
 ) -> str:
-    """Return the path of this backend's class if it is selected, else vLLM's own choice.
-
-    Raises:
-        ValueError: the backend is selected and cannot serve the layer.
-    """
+    """Return the path of this backend's class if it is selected, else vLLM's own choice."""
     if not releases.is_backend(selected_backend):
         return original(selected_backend, attn_selector_config, num_heads)
-
-    # Late, because the backend's module imports vLLM's attention layers, which not every process needs.
     from mla_backend.plugin.backend import HopperMLABackend
 
-    reasons = HopperMLABackend.validate_configuration(
-        device_capability=current_platform.get_device_capability(), **attn_selector_config._asdict()
-    )
-    if current_platform.is_cpu() and not releases.cpu_serves_mla():
-        reasons.append("this vLLM release has no multi-head latent attention on the CPU")
-    if reasons:
-        raise ValueError(
-            f"{releases.NAME} cannot serve {get_current_vllm_config().model_config.model}: {', '.join(reasons)}. "
-            f"Asked: {_describe(attn_selector_config)}. Supported: {HopperMLABackend.describe_support()}. {INSTEAD}"
-        )
+    refuse_unserved(get_current_vllm_config().model_config.model, attn_selector_config)
     logger.info_once("Using %s attention backend: %s.", releases.NAME, HopperMLABackend.describe_kernel())
     return releases.BACKEND_PATH
 
 
-def _describe(config: AttentionSelectorConfig) -> str:
-    """Name the settings of a layer, leaving out the switches that are off."""
-    settings = {name: value for name, value in config._asdict().items() if value not in (None, False)}
-    return ", ".join(f"{name}={value}" for name, value in settings.items())
+def refuse_unserved(model: str, config: AttentionSelectorConfig) -> None:
+    """Raise where the backend cannot serve a layer of `model`.
+
+    Raises:
+        ValueError: says what was asked, what is supported and what to do instead.
+    """
+    # Late, because the backend needs vLLM's attention layers, which only a process that uses it should load.
+    from mla_backend.plugin.backend import HopperMLABackend
+
+    reasons = HopperMLABackend.validate_configuration(
+        device_capability=current_platform.get_device_capability(), **config._asdict()
+    )
+    if current_platform.is_cpu() and not releases.cpu_serves_mla():
+        reasons.append("this vLLM release has no MLA on the CPU")
+    if reasons:
+        asked = {name: value for name, value in config._asdict().items() if value not in (None, False)}
+        raise ValueError(
+            f"{releases.NAME} cannot serve {model} ({', '.join(reasons)}): asked was "
+            f"{', '.join(f'{name}={value}' for name, value in asked.items())}; supported are "
+            f"{HopperMLABackend.describe_support()}; name another backend, such as TRITON_MLA for MLA models, with "
+            f"--attention-backend, or unset it and {VARIABLE}, and vLLM chooses."
+        )

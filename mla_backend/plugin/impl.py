@@ -62,14 +62,17 @@ class HopperMLAImpl(MLACommonImpl[HopperMLAMetadata]):
         slot_mapping: torch.Tensor,
         kv_cache_dtype: str,
         k_scale: torch.Tensor,
-        *newer: Any,
+        *args: Any,
+        **kwargs: Any,
     ) -> None:
         """Write this step's tokens into the cache; on the CPU, for which vLLM has no operator, in PyTorch.
 
-        `newer` takes what later releases pass in addition (skip_scale, from 0.33 on).
+        What else the releases pass (see releases.py) is vLLM's own.
         """
         if not kv_cache.is_cpu:
-            super().do_kv_cache_update(kv_c_normed, k_pe, kv_cache, slot_mapping, kv_cache_dtype, k_scale, *newer)
+            super().do_kv_cache_update(
+                kv_c_normed, k_pe, kv_cache, slot_mapping, kv_cache_dtype, k_scale, *args, **kwargs
+            )
         elif kv_cache.numel() > 0:
             slots = slot_mapping.flatten()
             written = slots >= 0  # -1 marks padding

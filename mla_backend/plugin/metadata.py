@@ -53,14 +53,14 @@ class HopperMLAMetadataBuilder(MLACommonMetadataBuilder[HopperMLAMetadata]):
         query_start_loc_cpu: torch.Tensor,
         query_start_loc_device: torch.Tensor,
         num_decode_tokens: int,
-        dcp_tot_seq_lens_device: torch.Tensor | None,
-        **newer: Any,
+        *args: Any,
+        **kwargs: Any,
     ) -> HopperMLADecodeMetadata:
-        """Build the decode part; `newer` takes what later releases pass in addition (max_query_len, from 0.32 on)."""
+        """Build the decode part; what else the releases pass (see releases.py) is not needed here."""
         return HopperMLADecodeMetadata(
             block_table=block_table_tensor,
             seq_lens=seq_lens_device,
-            dcp_tot_seq_lens=dcp_tot_seq_lens_device,
+            dcp_tot_seq_lens=None,
             query_start_loc=query_start_loc_device,
             schedule=DecodeSchedule.plan(
                 seq_lens_device,

@@ -14,12 +14,18 @@ from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
 logger = init_logger("vllm.mla_backend")
 
+# Beside what the functions below ask for, the releases differ in signatures that the plugin leaves open with *args:
+# `_build_decode` gets max_query_len from 0.31 on, `do_kv_cache_update` gets skip_scale from 0.33 on.
+
+NEWER_NAMES = {"kv_cache_spec": (0, 31), "supports_device_cpu_query_lens_mismatch": (0, 28)}
+"""Methods and parameters that the plugin defines and vLLM asks for from this release on."""
+
 NAME = "HOPPER_MLA"
 BACKEND_PATH = "mla_backend.plugin.backend.HopperMLABackend"
 
 
 def register_backend() -> None:
-    """Register the backend as CUSTOM, and as HOPPER_MLA where vLLM takes new names (from 0.31 on)."""
+    """Register the backend as CUSTOM, and as HOPPER_MLA where vLLM takes new names (from 0.32 on)."""
     custom = AttentionBackendEnum.CUSTOM
     if not custom.is_overridden():
         registry.register_backend(custom, BACKEND_PATH)
@@ -69,5 +75,5 @@ def cpu_attends_to_context() -> bool:
 
 
 def cpu_serves_mla() -> bool:
-    """Whether vLLM can run multi-head latent attention on the CPU at all (from 0.29 on)."""
+    """Whether vLLM can run multi-head latent attention on the CPU at all (from 0.28 on)."""
     return "CPU_MLA" in AttentionBackendEnum.__members__

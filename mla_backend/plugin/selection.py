@@ -61,6 +61,7 @@ def complete_config(original: Callable[[VllmConfig], None], vllm_config: VllmCon
     if model is None or not is_chosen(vllm_config):
         original(vllm_config)
         return
+    cache_dtype: Any = vllm_config.cache_config.cache_dtype  # from 0.33 on, names that only other plugins know too
     # The layers ask again, one by one; asking here stops start-up before any process is started. A draft model may
     # have other attention than its target, and what is not MLA in it is not this backend's.
     if model.use_mla or model.runner_type != "draft":
@@ -69,7 +70,7 @@ def complete_config(original: Callable[[VllmConfig], None], vllm_config: VllmCon
             AttentionSelectorConfig(
                 head_size=model.get_head_size(),
                 dtype=model.dtype,
-                kv_cache_dtype=vllm_config.cache_config.cache_dtype,
+                kv_cache_dtype=cache_dtype,
                 block_size=None,
                 use_mla=model.use_mla,
                 use_sparse=hasattr(model.hf_text_config, "index_topk"),
@@ -156,9 +157,8 @@ def refuse_unserved(model: str, config: AttentionSelectorConfig) -> None:
     # Late, because the backend needs vLLM's attention layers, which only a process that uses it should load.
     from mla_backend.plugin.backend import HopperMLABackend
 
-    reasons = HopperMLABackend.validate_configuration(
-        device_capability=current_platform.get_device_capability(), **config._asdict()
-    )
+    capability: Any = current_platform.get_device_capability()  # None on the CPU, which the backend admits
+    reasons = HopperMLABackend.validate_configuration(device_capability=capability, **config._asdict())
     if current_platform.is_cpu() and not releases.cpu_serves_mla():
         reasons.append("this vLLM release has no MLA on the CPU")
     if reasons:

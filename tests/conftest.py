@@ -1,9 +1,7 @@
-"""Makes the helper modules beside the tests importable, in this process and in those that tests start."""
+"""Makes the helper modules beside the tests, and the tiny model's prompts, importable."""
 
-import os
 import sys
 from pathlib import Path
 
-HERE = str(Path(__file__).parent)
-sys.path.insert(0, HERE)
-os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (HERE, os.environ.get("PYTHONPATH"))))
+HERE = Path(__file__).parent
+sys.path[:0] = [str(HERE), str(HERE.parent / "examples" / "tiny_deepseek")]

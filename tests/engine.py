@@ -1,0 +1,92 @@
+"""Run a vLLM engine in a process of its own and get back what it generated and what it logged.
+
+A process of its own, because the environment decides what vLLM does from its import on, and because an engine's memory
+and workers end with it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+MODEL = str(Path(__file__).parents[1] / "examples" / "tiny_deepseek")
+CACHE_BYTES = 100_000_000
+
+
+@dataclass
+class Run:
+    """What came out of an engine.
+
+    Attributes:
+        tokens: generated token ids per prompt.
+        prompt_logprobs: log-probability of each prompt token after the first, per prompt, where asked for.
+        preemptions: how often a request lost its cache and was computed again.
+        prefix_hits: prompt tokens that prefix caching saved.
+        log: everything that the engine's processes printed.
+    """
+
+    tokens: list[list[int]]
+    prompt_logprobs: list[list[float]]
+    preemptions: int
+    prefix_hits: int
+    log: str
+
+
+def environment(**changes: str | None) -> dict[str, str]:
+    """Return this process's environment with VLLM_ATTENTION_BACKEND unset and `changes` made; None unsets."""
+    merged: dict[str, str | None] = {**os.environ, "VLLM_ATTENTION_BACKEND": None, **changes}
+    return {name: value for name, value in merged.items() if value is not None}
+
+
+def run_engine(
+    prompts: list[list[int]], sampling: dict[str, Any], env: dict[str, str | None] | None = None, **llm: Any
+) -> Run:
+    """Generate from token ids with `LLM(**llm)`; a failure raises with the log in its message."""
+    llm = {"model": MODEL, "enforce_eager": True, "max_model_len": 1024, "kv_cache_memory_bytes": CACHE_BYTES, **llm}
+    with tempfile.TemporaryDirectory() as folder:
+        result = Path(folder) / "result.json"
+        job = json.dumps({"prompts": prompts, "sampling": sampling, "llm": llm, "result": str(result)})
+        done = subprocess.run(
+            [sys.executable, __file__],
+            input=job,
+            env=environment(**(env or {})),
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            timeout=600,
+        )
+        if done.returncode != 0:
+            raise RuntimeError(done.stdout)
+        return Run(**json.loads(result.read_text()), log=done.stdout)
+
+
+def main() -> None:
+    from vllm import LLM, SamplingParams
+
+    job = json.load(sys.stdin)
+    llm = LLM(**job["llm"], disable_log_stats=False)
+    prompts = [{"prompt_token_ids": prompt} for prompt in job["prompts"]]
+    outputs = llm.generate(prompts, SamplingParams(temperature=0, **job["sampling"]), use_tqdm=False)
+    logprobs = [
+        [step[token].logprob for token, step in zip(o.prompt_token_ids[1:], o.prompt_logprobs[1:], strict=True)]
+        for o in outputs
+        if o.prompt_logprobs is not None
+    ]
+    metrics = {metric.name: getattr(metric, "value", 0) for metric in llm.get_metrics()}
+    result = {
+        "tokens": [list(o.outputs[0].token_ids) for o in outputs],
+        "prompt_logprobs": logprobs,
+        "preemptions": metrics["vllm:num_preemptions"],
+        "prefix_hits": metrics["vllm:prefix_cache_hits"],
+    }
+    Path(job["result"]).write_text(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,130 @@
+"""Whole vLLM engines on the tiny model, against transformers and against each other."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import pytest
+import torch
+
+from engine import MODEL, Run, run_engine
+from prompts import demonstration_prompts
+
+GREEDY = {"max_tokens": 64, "ignore_eos": True, "detokenize": False}
+BY_VARIABLE = {"VLLM_ATTENTION_BACKEND": "HOPPER_MLA"}
+
+
+@functools.cache
+def tokenized(characters: int) -> list[list[int]]:
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(MODEL)
+    return [tokenizer(prompt)["input_ids"] for prompt in demonstration_prompts(8, characters)]
+
+
+@functools.cache
+def transformers_model(dtype: torch.dtype) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(MODEL, dtype=dtype).eval()
+
+
+@pytest.fixture(scope="module")
+def roomy() -> Run:
+    """The 8 short prompts with all the cache they need, whole prefills and no prefix caching, in fp32."""
+    return run_engine(
+        tokenized(200),
+        GREEDY,
+        env={**BY_VARIABLE, "VLLM_ENABLE_V1_MULTIPROCESSING": "0"},
+        dtype="float32",
+        enable_chunked_prefill=False,
+        enable_prefix_caching=False,
+        distributed_executor_backend="uni",
+    )
+
+
+@pytest.fixture(scope="module")
+def greedy() -> list[list[int]]:
+    """The same continuations by transformers."""
+    model = transformers_model(torch.float32)
+    continuations = []
+    for prompt in tokenized(200):
+        ids = torch.tensor([prompt])
+        out = model.generate(
+            ids, attention_mask=torch.ones_like(ids), max_new_tokens=64, min_new_tokens=64, do_sample=False
+        )
+        continuations.append(out[0, len(prompt) :].tolist())
+    return continuations
+
+
+def test_greedy_tokens_are_those_of_transformers(roomy: Run, greedy: list[list[int]]) -> None:
+    assert [len(tokens) for tokens in greedy] == [64] * 8
+    assert roomy.tokens == greedy
+
+
+def test_the_log_names_the_backend_and_what_computes_it(roomy: Run) -> None:
+    assert "Using HOPPER_MLA attention backend: mla_decode by PyTorch reference on cpu." in roomy.log
+    assert "Using CPU_MLA" not in roomy.log
+    assert "Using AMX_MLA" not in roomy.log
+    assert roomy.preemptions == roomy.prefix_hits == 0
+
+
+def test_preemption_prefix_caching_and_chunked_prefill_change_no_token(roomy: Run) -> None:
+    """Twice the same prompts, so that the second ones find the first ones' prefixes, in a cache for about three."""
+    block, prompts = 16, tokenized(200)
+    longest = max(len(prompt) for prompt in prompts) + 64
+    tight = run_engine(
+        prompts * 2,
+        GREEDY,
+        dtype="float32",
+        attention_config={"backend": "HOPPER_MLA"},
+        enable_chunked_prefill=True,
+        enable_prefix_caching=True,
+        block_size=block,
+        max_num_batched_tokens=48,
+        max_num_seqs=8,
+        num_gpu_blocks_override=3 * -(-longest // block) + 1,
+    )
+    assert tight.preemptions > 0
+    assert tight.prefix_hits > 0
+    assert "HOPPER_MLA keeps prefix caching (True) and chunked prefill (True)" in tight.log
+    assert tight.tokens == roomy.tokens * 2
+
+
+def test_long_prefills_attend_to_cached_context(roomy: Run) -> None:
+    """Chunks over the length up to which prefills go the decode way: vLLM's prefill, with context from the cache."""
+    prompts = tokenized(2400)
+    assert min(len(prompt) for prompt in prompts) > 400
+    settings = {"dtype": "float32", "env": BY_VARIABLE, "max_num_seqs": 4}
+    chunked = run_engine(prompts, {**GREEDY, "max_tokens": 8}, **settings, max_num_batched_tokens=200)
+    whole = run_engine(prompts, {**GREEDY, "max_tokens": 8}, **settings, max_num_batched_tokens=2048)
+    assert chunked.tokens == whole.tokens
+
+
+def mean_difference(run: Run, prompts: list[list[int]]) -> float:
+    """Return the mean absolute difference from transformers' bf16 log-probabilities of the prompts' tokens."""
+    model = transformers_model(torch.bfloat16)
+    differences = []
+    for prompt, logprobs in zip(prompts, run.prompt_logprobs, strict=True):
+        with torch.no_grad():
+            expected = model(torch.tensor([prompt])).logits[0, :-1].float().log_softmax(-1)
+        picked = expected.gather(1, torch.tensor(prompt[1:])[:, None])[:, 0]
+        differences.append((picked - torch.tensor(logprobs)).abs())
+    return float(torch.cat(differences).mean())
+
+
+def test_teacher_forced_logprobs_in_bf16(record_property: pytest.FixtureRequest) -> None:
+    prompts = tokenized(1500)
+    assert min(len(prompt) for prompt in prompts) >= 300
+    settings = {"dtype": "bfloat16", "enable_prefix_caching": False}
+    ask = {"max_tokens": 1, "prompt_logprobs": 0}
+    # Steps of at most 64 tokens: all of them go the decode way, so that mla_decode computes every attention.
+    ours = run_engine(prompts, ask, env=BY_VARIABLE, **settings, max_num_batched_tokens=64, max_num_seqs=8)
+    vllms = run_engine(prompts, ask, **settings)
+    assert "Using HOPPER_MLA attention backend" in ours.log
+    assert "HOPPER_MLA attention backend" not in vllms.log
+    difference, vllms_difference = mean_difference(ours, prompts), mean_difference(vllms, prompts)
+    print(f"mean |log-probability - transformers'|: HOPPER_MLA {difference:.5f}, vLLM's own {vllms_difference:.5f}")
+    assert difference < 0.02
+    assert difference < 1.5 * vllms_difference

@@ -6,11 +6,14 @@ tests/plugin/test_releases.py; a difference belongs here and nowhere else.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import vllm.v1.attention.backends.registry as registry
 from vllm.logger import init_logger
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
+
+if TYPE_CHECKING:  # register_backend runs before vLLM knows its platform, which its configuration needs to be imported
+    from vllm.config import VllmConfig
 
 logger = init_logger("vllm.mla_backend")
 
@@ -69,7 +72,7 @@ def cpu_attends_to_context() -> bool:
 
     Without it neither chunked prefill nor prefix caching is possible on the CPU.
     """
-    import vllm._custom_ops  # here, because importing it needs vLLM's platform, and register_backend runs before that
+    import vllm._custom_ops  # here, because it needs vLLM's platform, as above
 
     return hasattr(vllm._custom_ops, "gather_mla_context_cache_cpu")
 
@@ -77,3 +80,14 @@ def cpu_attends_to_context() -> bool:
 def cpu_serves_mla() -> bool:
     """Whether vLLM can run multi-head latent attention on the CPU at all (from 0.28 on)."""
     return "CPU_MLA" in AttentionBackendEnum.__members__
+
+
+def avoid_cpu_rotary_kernel(vllm_config: VllmConfig) -> None:
+    """Have rotary embeddings computed in PyTorch on the CPU, unless the user decided otherwise (seen up to 0.32).
+
+    vLLM's CPU kernel takes the stride between the heads of a key for the one between tokens. In MLA the key is a view
+    into the projection that holds the latent too, and the kernel writes rotated numbers over latent ones.
+    """
+    custom_ops = vllm_config.compilation_config.custom_ops
+    if not {"+rotary_embedding", "-rotary_embedding"} & set(custom_ops):
+        custom_ops.append("-rotary_embedding")

@@ -76,6 +76,8 @@ def complete_config(original: Callable[[VllmConfig], None], vllm_config: VllmCon
                 use_sparse=hasattr(model.hf_text_config, "index_topk"),
             ),
         )
+    if current_platform.is_cpu():
+        releases.avoid_cpu_rotary_kernel(vllm_config)
     if current_platform.is_cpu() and releases.cpu_attends_to_context():
         _complete_cpu_config(original, vllm_config)
     else:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from vllm.config import set_current_vllm_config
 from vllm.engine.arg_utils import EngineArgs
 from vllm.platforms import current_platform
@@ -197,3 +198,16 @@ def test_custom_stays_with_another_plugin(monkeypatch: pytest.MonkeyPatch) -> No
     assert custom.get_path() == "other.Backend"
     assert not releases.is_backend(custom)
     assert releases.backend_member().name == "HOPPER_MLA"
+
+
+def test_vllms_cpu_rotary_kernel_still_has_to_be_avoided() -> None:
+    """It writes over the latent part of a projection; once it no longer does, the workaround can go."""
+    from vllm import _custom_ops as ops
+
+    assert "-rotary_embedding" in configure(attention_backend="HOPPER_MLA").compilation_config.custom_ops
+    current_platform.import_kernels()
+    projection = torch.randn(4, 576)
+    latent = projection[:, :512].clone()
+    key = projection[:, 512:].unsqueeze(1)
+    ops.rotary_embedding(torch.arange(4), torch.randn(4, 8, 64), key, 64, torch.randn(64, 64), False)
+    assert not projection[:, :512].equal(latent)

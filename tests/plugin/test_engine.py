@@ -71,17 +71,18 @@ def test_the_log_names_the_backend_and_what_computes_it(roomy: Run) -> None:
 
 
 def test_preemption_prefix_caching_and_chunked_prefill_change_no_token(roomy: Run) -> None:
-    """Twice the same prompts, so that the second ones find the first ones' prefixes, in a cache for about three."""
+    """Each prompt twice in a row, so that the second finds the prefix of the first, in a cache for about three."""
     block, prompts = 16, tokenized(200)
     longest = max(len(prompt) for prompt in prompts) + 64
     tight = run_engine(
-        prompts * 2,
+        [prompt for prompt in prompts for _ in range(2)],
         GREEDY,
         dtype="float32",
         attention_config={"backend": "HOPPER_MLA"},
         enable_chunked_prefill=True,
         enable_prefix_caching=True,
         block_size=block,
+        max_model_len=longest,
         max_num_batched_tokens=48,
         max_num_seqs=8,
         num_gpu_blocks_override=3 * -(-longest // block) + 1,
@@ -89,7 +90,7 @@ def test_preemption_prefix_caching_and_chunked_prefill_change_no_token(roomy: Ru
     assert tight.preemptions > 0
     assert tight.prefix_hits > 0
     assert "HOPPER_MLA keeps prefix caching (True) and chunked prefill (True)" in tight.log
-    assert tight.tokens == roomy.tokens * 2
+    assert tight.tokens == [tokens for tokens in roomy.tokens for _ in range(2)]
 
 
 def test_long_prefills_attend_to_cached_context(roomy: Run) -> None:

@@ -46,7 +46,7 @@ def main() -> None:
     seconds = time.perf_counter() - begin
 
     for prompt, output in zip(prompts, outputs, strict=True):
-        print(f"{' prompt ':-^80}\n{prompt}{' continuation ':-^80}\n{output.outputs[0].text}")
+        print(f"{' prompt ':-^80}\n{prompt}\n{' continuation ':-^80}\n{output.outputs[0].text}")
     tokens = sum(len(output.outputs[0].token_ids) for output in outputs)
     print("=" * 80)
     print(describe_backend(llm))

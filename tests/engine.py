@@ -39,8 +39,13 @@ class Run:
 
 
 def environment(**changes: str | None) -> dict[str, str]:
-    """Return this process's environment with VLLM_ATTENTION_BACKEND unset and `changes` made; None unsets."""
-    merged: dict[str, str | None] = {**os.environ, "VLLM_ATTENTION_BACKEND": None, **changes}
+    """Return this process's environment with VLLM_ATTENTION_BACKEND unset and `changes` made; None unsets.
+
+    Without torch.compile, which vLLM uses for log-probabilities even where it is to be eager: that would need a C++
+    compiler, and fails on the CPU in a folder whose path has a space.
+    """
+    fixed = {"VLLM_ATTENTION_BACKEND": None, "TORCHDYNAMO_DISABLE": "1"}
+    merged: dict[str, str | None] = {**os.environ, **fixed, **changes}
     return {name: value for name, value in merged.items() if value is not None}
 
 

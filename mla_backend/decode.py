@@ -1,4 +1,4 @@
-"""The operation `mla_decode`: argument checks, registration as a torch operator, choice of kernel."""
+"""The operation `mla_decode`: its contract and its checks."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ from typing import Literal, overload
 
 import torch
 
-from mla_backend.reference import mla_decode_reference
 from mla_backend.schedule import DecodeSchedule
 
 KV_LORA_RANK = 512
@@ -83,7 +82,7 @@ def mla_decode(
         block_table: [requests, max_pages] int32 page numbers.
         seq_lens: [requests] int32 cached tokens per request, this step's included; 0 is allowed.
         query_start_loc: [requests + 1] int32; request r owns rows query_start_loc[r]:query_start_loc[r + 1].
-        softmax_scale: factor on the scores, before the softmax.
+        softmax_scale: factor on the scores, before the softmax; positive.
         schedule: of this step, made from the same `seq_lens`.
         causal: see above.
         kv_scale: one fp32 number, the factor from a float8 cache's numbers to their true values.
@@ -97,9 +96,14 @@ def mla_decode(
     Raises:
         ValueError: an argument has a wrong shape, stride or device.
         TypeError: an argument has a wrong dtype.
+        RuntimeError: an argument requires a gradient.
     """
     if out is None:
         out = torch.empty_like(q_nope, memory_format=torch.contiguous_format)
+    if torch.is_grad_enabled() and (q_nope.requires_grad or q_pe.requires_grad or kv_cache.requires_grad):
+        raise RuntimeError("mla_decode: an argument requires a gradient, and there is none; use torch.no_grad().")
+    if not softmax_scale > 0:
+        raise ValueError(f"mla_decode: softmax_scale is {softmax_scale}, wanted a positive number.")
     _check(q_nope, q_pe, kv_cache, block_table, seq_lens, query_start_loc, schedule, kv_scale, out)
     lse = q_nope.new_empty(q_nope.shape[:2], dtype=torch.float32) if return_lse else None
     torch.ops.mla_backend.mla_decode(
@@ -110,7 +114,8 @@ def mla_decode(
         seq_lens,
         query_start_loc,
         schedule.request_tiles,
-        schedule.worker_tiles,
+        schedule.buffers.partial_out,
+        schedule.buffers.partial_lse,
         schedule.max_query_len,
         schedule.max_seq_len,
         softmax_scale,
@@ -120,60 +125,6 @@ def mla_decode(
         lse,
     )
     return out if lse is None else (out, lse)
-
-
-def kernel_name(device: torch.device) -> str:
-    """Say in words what computes `mla_decode` for tensors on `device`."""
-    return f"PyTorch reference on {device.type}"
-
-
-_library = torch.library.Library("mla_backend", "DEF")
-_library.define(
-    "mla_decode(Tensor q_nope, Tensor q_pe, Tensor kv_cache, Tensor block_table, Tensor seq_lens,"
-    " Tensor query_start_loc, Tensor request_tiles, Tensor worker_tiles, SymInt max_query_len, SymInt max_seq_len,"
-    " float softmax_scale, bool causal, Tensor? kv_scale, Tensor(a!) out, Tensor(b!)? lse) -> ()",
-    tags=(torch.Tag.pt2_compliant_tag,),
-)
-
-
-@torch.library.impl(_library, "mla_decode", "CompositeExplicitAutograd")
-def _reference(
-    q_nope: torch.Tensor,
-    q_pe: torch.Tensor,
-    kv_cache: torch.Tensor,
-    block_table: torch.Tensor,
-    seq_lens: torch.Tensor,
-    query_start_loc: torch.Tensor,
-    request_tiles: torch.Tensor,
-    worker_tiles: torch.Tensor,
-    max_query_len: int,
-    max_seq_len: int,
-    softmax_scale: float,
-    causal: bool,
-    kv_scale: torch.Tensor | None,
-    out: torch.Tensor,
-    lse: torch.Tensor | None,
-) -> None:
-    mla_decode_reference(
-        q_nope,
-        q_pe,
-        kv_cache,
-        block_table,
-        seq_lens,
-        query_start_loc,
-        max_query_len,
-        max_seq_len,
-        softmax_scale,
-        causal,
-        kv_scale,
-        out,
-        lse,
-    )
-
-
-@torch.library.register_fake("mla_backend::mla_decode", lib=_library)
-def _fake(*arguments: object) -> None:
-    """Nothing to say about shapes: the operator returns nothing and writes into what it is given."""
 
 
 def _check(
@@ -196,7 +147,7 @@ def _check(
         _wrong_shape("kv_cache", kv_cache, f"[pages, page_size, {HEAD_DIM}]")
     if kv_cache.shape[1] != 1 and (kv_cache.shape[1] % 16 or kv_cache.shape[1] == 0):
         _wrong_shape("kv_cache", kv_cache, f"[pages, 1 or a multiple of 16, {HEAD_DIM}]")
-    if kv_cache.stride(2) != 1 or kv_cache.stride(1) != HEAD_DIM:
+    if kv_cache.stride(2) != 1 or (kv_cache.shape[1] > 1 and kv_cache.stride(1) != HEAD_DIM):
         raise ValueError(
             f"mla_decode: kv_cache has strides {kv_cache.stride()}, but only the stride between pages may differ from "
             f"a contiguous tensor's; call .contiguous() on it."

@@ -14,8 +14,11 @@ import torch
 CHUNK_TOKENS = 1024
 """Cached tokens of a request that are expanded to fp32 at a time."""
 
+CHUNK_ROWS = 4096
+"""Query rows (token and head) of a request that are attended at a time."""
+
 CHUNK_ELEMENTS = 1 << 24
-"""Bound on the fp32 numbers that one chunk holds over all its requests (64 MiB): decides how many go together."""
+"""Bound on the fp32 numbers of one chunk, over all its requests (64 MiB): decides how many requests go together."""
 
 
 def mla_decode_reference(
@@ -45,8 +48,8 @@ def mla_decode_reference(
     result_lse = torch.full((tokens + 1, heads), -torch.inf, dtype=torch.float32, device=device)
     query_lens = query_start_loc.diff()
 
-    for members, width in _groups(query_lens, tokens, heads, max_query_len):
-        step = torch.arange(width, device=device)
+    for members, steps in _groups(query_lens, tokens, heads, max_query_len):
+        step = torch.arange(steps.start, steps.stop, device=device)
         owned = step < query_lens[members, None]
         rows = torch.where(owned, query_start_loc[members, None] + step, tokens)
         last_visible = (seq_lens - query_lens if causal else seq_lens - 1)[members, None] + step * causal
@@ -69,8 +72,8 @@ def mla_decode_reference(
 
 def _groups(
     query_lens: torch.Tensor, tokens: int, heads: int, max_query_len: int
-) -> Iterator[tuple[torch.Tensor, int]]:
-    """Yield (request indices, query tokens each) such that a group's chunk fits CHUNK_ELEMENTS."""
+) -> Iterator[tuple[torch.Tensor, range]]:
+    """Yield (request indices, which of their query tokens) such that a group's chunk fits CHUNK_ELEMENTS."""
     requests = query_lens.shape[0]
     if tokens == 0 or requests == 0:
         return
@@ -80,9 +83,11 @@ def _groups(
     else:
         by_length = {n: everyone[query_lens == n] for n in sorted(set(query_lens.tolist())) if n > 0}
     for length, members in by_length.items():
-        elements = CHUNK_TOKENS * 576 + length * heads * (CHUNK_TOKENS + 2 * 576)
+        width = min(length, max(1, CHUNK_ROWS // heads))
+        elements = CHUNK_TOKENS * 576 + width * heads * (CHUNK_TOKENS + 2 * 576)
         for group in members.split(max(1, CHUNK_ELEMENTS // elements)):
-            yield group, length
+            for first in range(0, length, width):
+                yield group, range(first, min(first + width, length))
 
 
 def _attend(
@@ -107,7 +112,7 @@ def _attend(
     total = query.new_zeros(requests, queries * heads, 1)
     peak = torch.full_like(total, -torch.inf)
 
-    pages = min(-(-max_seq_len // page_size), block_table.shape[1])
+    pages = min(-(-max_seq_len // page_size), block_table.shape[1]) if kv_cache.shape[0] else 0
     chunk_pages = max(1, CHUNK_TOKENS // page_size)
     for first in range(0, pages, chunk_pages):
         page = torch.arange(first, min(first + chunk_pages, pages), device=query.device)

@@ -6,8 +6,39 @@ from dataclasses import dataclass
 
 import torch
 
-TILE_TOKENS = 64
-"""Cached tokens that a worker handles at a time: the unit in which requests are split."""
+from mla_backend.operators import TILE_TOKENS as TILE_TOKENS
+
+BLOCK_ROWS = 64
+"""Query rows (token and head) that a worker handles at a time. As in csrc/decode.h."""
+
+
+@dataclass(frozen=True)
+class ScheduleBuffers:
+    """Memory for the schedules of up to `max_requests` requests, at addresses that never change.
+
+    Attributes:
+        request_tiles: [max_requests + 1] int32, see `DecodeSchedule`.
+        partial_out: [workers, 2, 64, 512] fp32: a worker may hold a part of its first request and of its last.
+        partial_lse: [workers, 2, 64] fp32, the base-2 logarithm of the parts' softmax denominators.
+    """
+
+    request_tiles: torch.Tensor
+    partial_out: torch.Tensor
+    partial_lse: torch.Tensor
+
+    @classmethod
+    def allocate(cls, max_requests: int, device: torch.device) -> ScheduleBuffers:
+        """Allocate for `max_requests` requests; a GPU has a worker per multiprocessor, the CPU splits nothing."""
+        workers = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 0
+        return cls(
+            request_tiles=torch.zeros(max_requests + 1, dtype=torch.int32, device=device),
+            partial_out=torch.empty(workers, 2, BLOCK_ROWS, 512, dtype=torch.float32, device=device),
+            partial_lse=torch.empty(workers, 2, BLOCK_ROWS, dtype=torch.float32, device=device),
+        )
+
+    @property
+    def max_requests(self) -> int:
+        return self.request_tiles.shape[0] - 1
 
 
 @dataclass(frozen=True)
@@ -15,30 +46,25 @@ class DecodeSchedule:
     """The work of one decode step, divided evenly; computed once per step and reused by every layer.
 
     Lay the tiles of all requests end to end: request `r` owns tiles `request_tiles[r]:request_tiles[r + 1]`, each of
-    `TILE_TOKENS` cached tokens, and worker `w` handles tiles `worker_tiles[w]:worker_tiles[w + 1]`. A worker may so
-    cross from one request into the next, and a request may be split over several workers, whose partial results are
-    combined. No two workers differ by more than one tile.
+    `TILE_TOKENS` cached tokens. Of the sum, `n` tiles, each of the `w` workers that share a block of query rows gets
+    `n // w`, and the first `n % w` of them one more. A worker may so cross from one request into the next, and a
+    request may be split over several workers, whose partial results are combined.
 
     Attributes:
         request_tiles: [requests + 1] int32, on the device of the cache.
-        worker_tiles: [workers + 1] int32, on the same device.
+        buffers: where `request_tiles` and the partial results lie.
         max_query_len: upper bound on a request's query tokens, known to the host.
         max_seq_len: upper bound on a request's cached tokens, known to the host.
     """
 
     request_tiles: torch.Tensor
-    worker_tiles: torch.Tensor
+    buffers: ScheduleBuffers
     max_query_len: int
     max_seq_len: int
 
     @classmethod
     def plan(
-        cls,
-        seq_lens: torch.Tensor,
-        *,
-        max_query_len: int,
-        max_seq_len: int,
-        buffers: ScheduleBuffers | None = None,
+        cls, seq_lens: torch.Tensor, *, max_query_len: int, max_seq_len: int, buffers: ScheduleBuffers | None = None
     ) -> DecodeSchedule:
         """Divide a step's work over the workers, on the device of `seq_lens` and without a host synchronisation.
 
@@ -61,43 +87,5 @@ class DecodeSchedule:
                 f"allocate them with ScheduleBuffers.allocate(max_requests={requests}, ...)."
             )
         request_tiles = buffers.request_tiles[: requests + 1]
-        tiles = (seq_lens + (TILE_TOKENS - 1)) // TILE_TOKENS
-        torch.cumsum(tiles, 0, dtype=torch.int32, out=request_tiles[1:])
-        # total * worker overflows int32 from 2**31 / workers tiles on, so quotient and remainder are spread apart.
-        total, workers = request_tiles[-1], buffers.worker_index.shape[0] - 1
-        share, rest = total // workers, total % workers
-        torch.add(buffers.worker_index * share, torch.minimum(buffers.worker_index, rest), out=buffers.worker_tiles)
-        return cls(request_tiles, buffers.worker_tiles, max_query_len, max_seq_len)
-
-
-@dataclass(frozen=True)
-class ScheduleBuffers:
-    """Memory for the schedules of up to `max_requests` requests, at addresses that never change.
-
-    Attributes:
-        request_tiles: [max_requests + 1] int32; the first entry is 0 and stays 0.
-        worker_tiles: [workers + 1] int32.
-        worker_index: [workers + 1] int32, the constant 0, 1, ..., workers.
-    """
-
-    request_tiles: torch.Tensor
-    worker_tiles: torch.Tensor
-    worker_index: torch.Tensor
-
-    @classmethod
-    def allocate(cls, max_requests: int, device: torch.device) -> ScheduleBuffers:
-        """Allocate for `max_requests` requests, with one worker per multiprocessor (on the CPU: per thread)."""
-        if device.type == "cuda":
-            workers = torch.cuda.get_device_properties(device).multi_processor_count
-        else:
-            workers = torch.get_num_threads()
-        index = torch.arange(workers + 1, dtype=torch.int32, device=device)
-        return cls(
-            request_tiles=torch.zeros(max_requests + 1, dtype=torch.int32, device=device),
-            worker_tiles=torch.zeros_like(index),
-            worker_index=index,
-        )
-
-    @property
-    def max_requests(self) -> int:
-        return self.request_tiles.shape[0] - 1
+        torch.ops.mla_backend.plan(seq_lens, request_tiles)
+        return cls(request_tiles, buffers, max_query_len, max_seq_len)

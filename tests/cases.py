@@ -58,6 +58,7 @@ class Case:
                 kv_cache[page, :rows] = (self.normal(rows, HEAD_DIM) / scale).to(cache_dtype)
 
         query = self.normal(tokens, self.heads, HEAD_DIM).to(self.dtype)
+        query[tokens - self.padding_rows :] = torch.nan
         seq_lens = torch.tensor(self.seq_lens, dtype=torch.int32)
         query_start_loc = torch.tensor([0, *self.query_lens], dtype=torch.int32).cumsum(0, dtype=torch.int32)
         tensors = {

@@ -28,6 +28,7 @@ class Run:
         prompt_logprobs: log-probability of each prompt token after the first, per prompt, where asked for.
         preemptions: how often a request lost its cache and was computed again.
         prefix_hits: prompt tokens that prefix caching saved.
+        accepted: guessed tokens that turned out right, with speculative decoding.
         log: everything that the engine's processes printed.
     """
 
@@ -35,6 +36,7 @@ class Run:
     prompt_logprobs: list[list[float]]
     preemptions: int
     prefix_hits: int
+    accepted: int
     log: str
 
 
@@ -89,6 +91,7 @@ def main() -> None:
         "prompt_logprobs": logprobs,
         "preemptions": metrics["vllm:num_preemptions"],
         "prefix_hits": metrics["vllm:prefix_cache_hits"],
+        "accepted": metrics.get("vllm:spec_decode_num_accepted_tokens", 0),
     }
     Path(job["result"]).write_text(json.dumps(result))
 

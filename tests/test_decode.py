@@ -86,6 +86,24 @@ def test_a_long_cache_is_never_expanded_whole(monkeypatch: pytest.MonkeyPatch) -
     assert 0 < largest <= 1 << 20
 
 
+def test_many_query_rows_go_in_slices(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reference, "CHUNK_ROWS", 32)
+    check(Case(seq_lens=[50, 9], query_lens=[9, 9]))
+    check(Case(seq_lens=[50, 9, 70], query_lens=[1, 7, 4]))
+
+
+def test_an_empty_cache() -> None:
+    arguments = Case(seq_lens=[0, 0], query_lens=[1, 2]).inputs()
+    out = mla_decode(**{**arguments, "kv_cache": arguments["kv_cache"][:0]})
+    assert (out == 0).all()
+
+
+def test_a_gradient_is_refused() -> None:
+    arguments = Case(seq_lens=[4], query_lens=[1]).inputs()
+    with pytest.raises(RuntimeError, match="requires a gradient, and there is none"):
+        mla_decode(**{**arguments, "q_pe": arguments["q_pe"].requires_grad_()})
+
+
 def test_output_may_have_any_strides() -> None:
     arguments = Case(seq_lens=[40, 7], query_lens=[2, 1]).inputs()
     wide = torch.full((3, 16, 1024), torch.nan)
@@ -98,7 +116,8 @@ def test_operator_passes_opcheck_and_compiles() -> None:
     arguments = Case(seq_lens=[40, 0, 7], query_lens=[2, 1, 1], dtype=torch.bfloat16).inputs()
     schedule = arguments.pop("schedule")
     scale, causal, kv_scale = (arguments.pop(name) for name in ("softmax_scale", "causal", "kv_scale"))
-    bounds = (schedule.request_tiles, schedule.worker_tiles, schedule.max_query_len, schedule.max_seq_len)
+    buffers = (schedule.buffers.partial_out, schedule.buffers.partial_lse)
+    bounds = (schedule.request_tiles, *buffers, schedule.max_query_len, schedule.max_seq_len)
     out, lse = torch.empty(4, 16, 512, dtype=torch.bfloat16), torch.empty(4, 16)
     for optional in (lse, None):
         torch.library.opcheck(
@@ -139,6 +158,7 @@ def wrong(name: str, change: Any, error: type[Exception], message: str) -> Any:
         wrong("seq_lens", lambda t: t.long(), TypeError, "seq_lens is torch.int64"),
         wrong("seq_lens", lambda t: t[None], ValueError, r"seq_lens has shape \[1, 2\], wanted \[requests\]"),
         wrong("query_start_loc", lambda t: t[:2], ValueError, r"query_start_loc has shape \[2\], wanted \[3\]"),
+        wrong("softmax_scale", lambda t: 0.0, ValueError, "softmax_scale is 0.0, wanted a positive number"),
         wrong("kv_scale", lambda t: torch.ones(1), TypeError, "kv_scale is given"),
         wrong("out", lambda t: torch.empty(3, 16, 576), ValueError, r"out has shape \[3, 16, 576\]"),
         wrong("out", lambda t: torch.empty(3, 512, 16).mT, ValueError, "its last dimension must be contiguous"),

@@ -45,9 +45,10 @@ class HopperMLABackend(MLACommonBackend):
     def get_supported_kernel_block_sizes(kv_cache_spec: object = None) -> list[int | MultipleOf]:
         return [MultipleOf(16)]
 
-    @classmethod
-    def supports_block_size(cls, block_size: int | None) -> bool:
-        return block_size is None or block_size % 16 == 0
+    @staticmethod
+    def get_kv_cache_stride_order(include_num_layers_dimension: bool = False) -> tuple[int, ...]:
+        # Pages may be any distance apart, so those of all layers may lie together (asked up to 0.28).
+        return (1, 0, 2, 3) if include_num_layers_dimension else (0, 1, 2)
 
     @classmethod
     def supports_dtype(cls, dtype: torch.dtype) -> bool:
@@ -56,8 +57,8 @@ class HopperMLABackend(MLACommonBackend):
 
     @classmethod
     def supports_compute_capability(cls, capability: DeviceCapability | None) -> bool:
-        # None is a platform without GPUs.
-        return capability is None or capability == HOPPER
+        # Other makers' GPUs have capabilities of their own, or none.
+        return bool(current_platform.is_cpu() or (current_platform.is_cuda() and capability == HOPPER))
 
     @classmethod
     def supports_device_cpu_query_lens_mismatch(cls) -> bool:
@@ -77,6 +78,11 @@ class HopperMLABackend(MLACommonBackend):
         use_mm_prefix: bool,
         device_capability: DeviceCapability | None,
     ) -> str | None:
+        if current_platform.is_cuda() and not mla_backend.has_compiled_kernels():
+            return (
+                "this installation of mla_backend has no compiled kernels; reinstall it with MLA_BACKEND_CUDA=1, which "
+                "says what is missing"
+            )
         if kv_cache_dtype in ("bfloat16", "float16") and str(dtype) != f"torch.{kv_cache_dtype}":
             return f"a {kv_cache_dtype} cache needs a model in {kv_cache_dtype}, not {dtype}"
         return None

@@ -8,7 +8,7 @@ import torch
 from vllm.model_executor.layers.attention.mla_attention import MLACommonImpl
 from vllm.v1.attention.backend import AttentionLayer, AttentionType
 
-from mla_backend.decode import HEAD_DIM, KV_LORA_RANK, QK_ROPE_HEAD_DIM, mla_decode
+from mla_backend.decode import KV_LORA_RANK, QK_ROPE_HEAD_DIM, mla_decode
 from mla_backend.plugin.metadata import HopperMLAMetadata
 
 
@@ -76,8 +76,9 @@ class HopperMLAImpl(MLACommonImpl[HopperMLAMetadata]):
         elif kv_cache.numel() > 0:
             slots = slot_mapping.flatten()
             written = slots >= 0  # -1 marks padding
-            tokens = torch.cat((kv_c_normed, k_pe.squeeze(1)), dim=-1)
-            kv_cache.view(-1, HEAD_DIM)[slots[written]] = tokens[: len(slots)][written]
+            tokens = torch.cat((kv_c_normed, k_pe.squeeze(1)), dim=-1)[: len(slots)]
+            page_size = kv_cache.shape[1]
+            kv_cache[slots[written] // page_size, slots[written] % page_size] = tokens[written]
 
     def forward_mqa(
         self,

@@ -1,7 +1,7 @@
 """The places where supported vLLM releases differ, each with the release named.
 
-Supported are 0.26 to 0.33. What the plugin takes from each of them is checked against their sources by
-tests/plugin/test_releases.py; a difference belongs here and nowhere else.
+Supported are 0.26 to 0.33. tests/plugin/test_releases.py checks what the plugin takes from vLLM against the sources of
+the installed release and of three others; a difference belongs here and nowhere else.
 """
 
 from __future__ import annotations
@@ -19,9 +19,6 @@ logger = init_logger("vllm.mla_backend")
 
 # Beside what the functions below ask for, the releases differ in signatures that the plugin leaves open with *args:
 # `_build_decode` gets max_query_len from 0.31 on, `do_kv_cache_update` gets skip_scale from 0.33 on.
-
-NEWER_NAMES = {"kv_cache_spec": (0, 31), "supports_device_cpu_query_lens_mismatch": (0, 28)}
-"""Methods and parameters that the plugin defines and vLLM asks for from this release on."""
 
 NAME = "HOPPER_MLA"
 BACKEND_PATH = "mla_backend.plugin.backend.HopperMLABackend"
@@ -67,19 +64,11 @@ def is_backend(member: AttentionBackendEnum | None) -> bool:
     return bool(member.is_overridden() and member.get_path() == BACKEND_PATH) or member.value == BACKEND_PATH
 
 
-def cpu_attends_to_context() -> bool:
-    """Whether vLLM's prefill on the CPU can attend to cached tokens (from 0.29 on).
-
-    Without it neither chunked prefill nor prefix caching is possible on the CPU.
-    """
+def cpu_serves_mla() -> bool:
+    """Whether vLLM's own parts of MLA run on the CPU, with prefill that attends to cached tokens (from 0.29 on)."""
     import vllm._custom_ops  # here, because it needs vLLM's platform, as above
 
     return hasattr(vllm._custom_ops, "gather_mla_context_cache_cpu")
-
-
-def cpu_serves_mla() -> bool:
-    """Whether vLLM can run multi-head latent attention on the CPU at all (from 0.28 on)."""
-    return "CPU_MLA" in AttentionBackendEnum.__members__
 
 
 def avoid_cpu_rotary_kernel(vllm_config: VllmConfig) -> None:

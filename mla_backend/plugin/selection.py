@@ -26,6 +26,12 @@ logger = init_logger("vllm.mla_backend")
 
 VARIABLE = "VLLM_ATTENTION_BACKEND"
 MLA_KIND = KVCacheSpecKind.MLA_ATTENTION.value
+MARK = "mla_backend"
+"""Key in vLLM's additional configuration for what was decided when the configuration was first completed.
+
+vLLM completes a configuration again whenever it changes a part, for draft models above all. The variable then no longer
+counts, except that a backend named for the draft takes its choice back.
+"""
 
 
 def install() -> None:
@@ -56,45 +62,66 @@ def complete_config(original: Callable[[VllmConfig], None], vllm_config: VllmCon
     On the CPU, also keep the settings that only vLLM's own MLA backends need changed.
     """
     model = vllm_config.model_config
-    if model is not None:
-        apply_environment(vllm_config)
-    if model is None or not is_chosen(vllm_config):
+    if model is None:
         original(vllm_config)
         return
-    cache_dtype: Any = vllm_config.cache_config.cache_dtype  # from 0.33 on, names that only other plugins know too
-    # The layers ask again, one by one; asking here stops start-up before any process is started. A draft model may
-    # have other attention than its target, and what is not MLA in it is not this backend's.
-    if model.use_mla or model.runner_type != "draft":
-        refuse_unserved(
-            model.model,
-            AttentionSelectorConfig(
-                head_size=model.get_head_size(),
-                dtype=model.dtype,
-                kv_cache_dtype=cache_dtype,
-                block_size=None,
-                use_mla=model.use_mla,
-                use_sparse=hasattr(model.hf_text_config, "index_topk"),
-            ),
-        )
-    if current_platform.is_cpu():
+    mark = vllm_config.additional_config.get(MARK)
+    if mark is None:
+        by_variable = apply_environment(vllm_config)
+        mark = {"chosen": is_chosen(vllm_config), "by_variable": by_variable}
+        if mark["chosen"]:
+            # The layers ask again, one by one; asking here stops start-up before any process is started.
+            refuse_unserved(model.model, _expected_layer(vllm_config))
+        if mark["chosen"] or VARIABLE in os.environ:
+            vllm_config.additional_config[MARK] = mark
+    elif mark["by_variable"] and vllm_config.attention_config.backend is not None:
+        _unset_mla_kind(vllm_config)
+    if mark["chosen"] and current_platform.is_cpu():
         releases.avoid_cpu_rotary_kernel(vllm_config)
-    if current_platform.is_cpu() and releases.cpu_attends_to_context():
         _complete_cpu_config(original, vllm_config)
     else:
         original(vllm_config)
 
 
-def apply_environment(vllm_config: VllmConfig) -> None:
-    """Let VLLM_ATTENTION_BACKEND=HOPPER_MLA choose the backend for MLA layers, unless a backend is named explicitly."""
+def _expected_layer(vllm_config: VllmConfig) -> AttentionSelectorConfig:
+    """Describe the model's attention layers from its configuration, as far as this release asks."""
+    model, cache, parallel = vllm_config.model_config, vllm_config.cache_config, vllm_config.parallel_config
+    settings: dict[str, Any] = {
+        "head_size": model.get_head_size(),
+        "dtype": model.dtype,
+        "kv_cache_dtype": cache.cache_dtype,
+        "block_size": cache.block_size if cache.user_specified_block_size else None,
+        "use_mla": model.use_mla,
+        "use_sparse": hasattr(model.hf_text_config, "index_topk"),
+        "use_batch_invariant": vllm.envs.VLLM_BATCH_INVARIANT,
+        "use_dcp": parallel.decode_context_parallel_size > 1,
+        "use_pcp": parallel.prefill_context_parallel_size > 1,
+    }
+    return AttentionSelectorConfig(**{k: v for k, v in settings.items() if k in AttentionSelectorConfig._fields})
+
+
+def apply_environment(vllm_config: VllmConfig) -> bool:
+    """Let VLLM_ATTENTION_BACKEND=HOPPER_MLA choose the backend for MLA layers, unless a backend is named explicitly.
+
+    Returns:
+        Whether the variable decided.
+    """
     asked = os.environ.get(VARIABLE, "")
-    if not asked:
-        return
-    if asked.upper() != releases.NAME:
-        _warn_of_other_value(asked)
-        return
     attention = vllm_config.attention_config
-    if attention.backend is None and MLA_KIND not in attention.backend_per_kind:
-        attention.backend_per_kind[MLA_KIND] = releases.backend_member()
+    if asked and asked.upper() != releases.NAME:
+        _warn_of_other_value(asked)
+        return False
+    if not asked or attention.backend is not None or MLA_KIND in attention.backend_per_kind:
+        return False
+    attention.backend_per_kind = {**attention.backend_per_kind, MLA_KIND: releases.backend_member()}
+    return True
+
+
+def _unset_mla_kind(vllm_config: VllmConfig) -> None:
+    """Take the variable's choice back, without touching the configuration that this one was made from."""
+    attention = vllm_config.attention_config
+    others = {kind: backend for kind, backend in attention.backend_per_kind.items() if kind != MLA_KIND}
+    attention.backend_per_kind = others
 
 
 @functools.cache
@@ -126,12 +153,11 @@ def _complete_cpu_config(original: Callable[[VllmConfig], None], vllm_config: Vl
     configured = (cache.enable_prefix_caching, scheduler.enable_chunked_prefill)
     max_num_batched_tokens = scheduler.max_num_batched_tokens
     original(vllm_config)
-    if (cache.enable_prefix_caching, scheduler.enable_chunked_prefill) != configured:
-        cache.enable_prefix_caching, scheduler.enable_chunked_prefill = configured
-        scheduler.max_num_batched_tokens = max_num_batched_tokens
-        logger.info("%s keeps prefix caching (%s) and chunked prefill (%s) as configured.", releases.NAME, *configured)
+    cache.enable_prefix_caching, scheduler.enable_chunked_prefill = configured
+    scheduler.max_num_batched_tokens = max_num_batched_tokens
     if block_size is not None:
         cache.block_size = block_size
+    logger.info("%s keeps prefix caching (%s) and chunked prefill (%s) as configured.", releases.NAME, *configured)
 
 
 def choose_backend(
@@ -162,12 +188,13 @@ def refuse_unserved(model: str, config: AttentionSelectorConfig) -> None:
     capability: Any = current_platform.get_device_capability()  # None on the CPU, which the backend admits
     reasons = HopperMLABackend.validate_configuration(device_capability=capability, **config._asdict())
     if current_platform.is_cpu() and not releases.cpu_serves_mla():
-        reasons.append("this vLLM release has no MLA on the CPU")
+        reasons.append("this vLLM release has no MLA on the CPU, or none that attends to cached tokens")
     if reasons:
         asked = {name: value for name, value in config._asdict().items() if value not in (None, False)}
+        others = "CPU_MLA" if current_platform.is_cpu() else "FLASHMLA or TRITON_MLA"
+        other = f"name {others} with --attention-backend, or " if config.use_mla and not config.use_sparse else ""
         raise ValueError(
             f"{releases.NAME} cannot serve {model} ({', '.join(reasons)}): asked was "
             f"{', '.join(f'{name}={value}' for name, value in asked.items())}; supported are "
-            f"{HopperMLABackend.describe_support()}; name another backend, such as TRITON_MLA for MLA models, with "
-            f"--attention-backend, or unset it and {VARIABLE}, and vLLM chooses."
+            f"{HopperMLABackend.describe_support()}; {other}unset --attention-backend and {VARIABLE}, and vLLM chooses."
         )

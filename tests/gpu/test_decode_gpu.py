@@ -14,11 +14,10 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a G
 
 @pytest.mark.parametrize("page_size", [16, 64])
 @pytest.mark.parametrize("causal", [True, False])
-@pytest.mark.parametrize("cache_dtype", [torch.bfloat16, torch.float8_e4m3fn])
-def test_agrees_with_the_cpu(page_size: int, causal: bool, cache_dtype: torch.dtype) -> None:
+def test_agrees_with_the_cpu(page_size: int, causal: bool) -> None:
     shape = {"seq_lens": [1, 0, 2000, 77], "query_lens": [1, 1, 3, 2], "page_size": page_size, "causal": causal}
-    on_cpu = Case(**shape, dtype=torch.bfloat16, cache_dtype=cache_dtype).inputs()
-    on_gpu = Case(**shape, dtype=torch.bfloat16, cache_dtype=cache_dtype, device="cuda").inputs()
+    on_cpu = Case(**shape, dtype=torch.bfloat16).inputs()
+    on_gpu = Case(**shape, dtype=torch.bfloat16, device="cuda").inputs()
     expected, expected_lse = mla_decode(**on_cpu, return_lse=True)
     out, lse = mla_decode(**on_gpu, return_lse=True)
     torch.testing.assert_close(out.cpu(), expected, rtol=1.6e-2, atol=1e-3)

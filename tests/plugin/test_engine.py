@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from prompts import demonstration_prompts
 
 GREEDY = {"max_tokens": 64, "ignore_eos": True, "detokenize": False}
 BY_VARIABLE = {"VLLM_ATTENTION_BACKEND": "HOPPER_MLA"}
+IN_ONE_PROCESS = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
 
 
 @functools.cache
@@ -36,31 +38,36 @@ def roomy() -> Run:
     return run_engine(
         tokenized(200),
         GREEDY,
-        env={**BY_VARIABLE, "VLLM_ENABLE_V1_MULTIPROCESSING": "0"},
+        env={**BY_VARIABLE, **IN_ONE_PROCESS},
         dtype="float32",
         enable_chunked_prefill=False,
         enable_prefix_caching=False,
-        distributed_executor_backend="uni",
     )
 
 
+Greedy = Callable[[list[list[int]], int], list[list[int]]]
+
+
 @pytest.fixture(scope="module")
-def greedy() -> list[list[int]]:
-    """The same continuations by transformers."""
-    model = transformers_model(torch.float32)
-    continuations = []
-    for prompt in tokenized(200):
-        ids = torch.tensor([prompt])
-        out = model.generate(
-            ids, attention_mask=torch.ones_like(ids), max_new_tokens=64, min_new_tokens=64, do_sample=False
-        )
-        continuations.append(out[0, len(prompt) :].tolist())
-    return continuations
+def greedy_of() -> Greedy:
+    """Greedy continuations by transformers, in fp32."""
+
+    def generate(prompts: list[list[int]], count: int) -> list[list[int]]:
+        model = transformers_model(torch.float32)
+        exactly = {"max_new_tokens": count, "min_new_tokens": count, "do_sample": False}
+        continuations = []
+        for prompt in prompts:
+            ids = torch.tensor([prompt])
+            out = model.generate(ids, attention_mask=torch.ones_like(ids), **exactly)
+            continuations.append(out[0, len(prompt) :].tolist())
+        return continuations
+
+    return generate
 
 
-def test_greedy_tokens_are_those_of_transformers(roomy: Run, greedy: list[list[int]]) -> None:
-    assert [len(tokens) for tokens in greedy] == [64] * 8
-    assert roomy.tokens == greedy
+def test_greedy_tokens_are_those_of_transformers(roomy: Run, greedy_of: Greedy) -> None:
+    assert [len(tokens) for tokens in roomy.tokens] == [64] * 8
+    assert roomy.tokens == greedy_of(tokenized(200), 64)
 
 
 def test_the_log_names_the_backend_and_what_computes_it(roomy: Run) -> None:
@@ -72,7 +79,7 @@ def test_the_log_names_the_backend_and_what_computes_it(roomy: Run) -> None:
 
 def test_preemption_prefix_caching_and_chunked_prefill_change_no_token(roomy: Run) -> None:
     """Each prompt twice in a row, so that the second finds the prefix of the first, in a cache for about three."""
-    block, prompts = 16, tokenized(200)
+    block, prompts = 32, tokenized(200)
     longest = max(len(prompt) for prompt in prompts) + 64
     tight = run_engine(
         [prompt for prompt in prompts for _ in range(2)],
@@ -93,14 +100,33 @@ def test_preemption_prefix_caching_and_chunked_prefill_change_no_token(roomy: Ru
     assert tight.tokens == [tokens for tokens in roomy.tokens for _ in range(2)]
 
 
-def test_long_prefills_attend_to_cached_context(roomy: Run) -> None:
-    """Chunks over the length up to which prefills go the decode way: vLLM's prefill, with context from the cache."""
-    prompts = tokenized(2400)
+def test_long_prompts(greedy_of: Greedy) -> None:
+    """Over the length up to which prefills go the decode way: vLLM's prefill, with context from the cache."""
+    prompts = tokenized(2400)[:4]
     assert min(len(prompt) for prompt in prompts) > 400
-    settings = {"dtype": "float32", "env": BY_VARIABLE, "max_num_seqs": 4}
-    chunked = run_engine(prompts, {**GREEDY, "max_tokens": 8}, **settings, max_num_batched_tokens=200)
-    whole = run_engine(prompts, {**GREEDY, "max_tokens": 8}, **settings, max_num_batched_tokens=2048)
-    assert chunked.tokens == whole.tokens
+    for tokens_per_step in (200, 2048):
+        run = run_engine(
+            prompts,
+            {**GREEDY, "max_tokens": 16},
+            env={**BY_VARIABLE, **IN_ONE_PROCESS},
+            dtype="float32",
+            max_num_batched_tokens=tokens_per_step,
+            max_num_seqs=4,
+        )
+        assert run.tokens == greedy_of(prompts, 16)
+
+
+def test_speculative_queries_of_mixed_lengths(roomy: Run) -> None:
+    """Tokens guessed from the prompt make queries of 1 to 4 tokens in one batch; the answer is the same."""
+    speculative = run_engine(
+        tokenized(200),
+        GREEDY,
+        env=BY_VARIABLE,
+        dtype="float32",
+        speculative_config={"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 3},
+    )
+    assert speculative.accepted > 0
+    assert speculative.tokens == roomy.tokens
 
 
 def mean_difference(run: Run, prompts: list[list[int]]) -> float:
@@ -115,7 +141,7 @@ def mean_difference(run: Run, prompts: list[list[int]]) -> float:
     return float(torch.cat(differences).mean())
 
 
-def test_teacher_forced_logprobs_in_bf16(record_property: pytest.FixtureRequest) -> None:
+def test_teacher_forced_logprobs_in_bf16(capsys: pytest.CaptureFixture[str]) -> None:
     prompts = tokenized(1500)
     assert min(len(prompt) for prompt in prompts) >= 300
     settings = {"dtype": "bfloat16", "enable_prefix_caching": False}
@@ -127,6 +153,7 @@ def test_teacher_forced_logprobs_in_bf16(record_property: pytest.FixtureRequest)
     assert "Using HOPPER_MLA attention backend" in ours.log
     assert "HOPPER_MLA attention backend" not in vllms.log
     difference, vllms_difference = mean_difference(ours, prompts), mean_difference(vllms, prompts)
-    print(f"mean |log-probability - transformers'|: HOPPER_MLA {difference:.5f}, vLLM's own {vllms_difference:.5f}")
+    with capsys.disabled():
+        print(f"\nmean |log-probability - transformers'|: ours {difference:.5f}, vLLM's {vllms_difference:.5f}")
     assert difference < 0.02
     assert difference < 1.5 * vllms_difference

@@ -15,6 +15,7 @@ import subprocess
 import sys
 import zipfile
 from collections.abc import Iterator
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -22,6 +23,16 @@ import pytest
 ROOT = Path(__file__).parents[2]
 PLUGIN = ROOT / "mla_backend" / "plugin"
 OTHER_RELEASES = ("0.26.0", "0.29.0", "0.33.0")
+
+ASKED_SINCE = {"kv_cache_spec": (0, 31), "supports_device_cpu_query_lens_mismatch": (0, 28)}
+ASKED_UNTIL = {"get_kv_cache_stride_order": (0, 28), "include_num_layers_dimension": (0, 28)}
+"""Methods and parameters that the plugin defines and that not every release asks for."""
+
+PATCHED = {
+    "check_and_update_config": ["cls", "vllm_config"],
+    "get_attn_backend_cls": ["cls", "selected_backend", "attn_selector_config", "num_heads"],
+}
+"""The platform's methods that the plugin answers before, with their parameters."""
 
 RULES = [
     "AbstractUsage",
@@ -125,7 +136,7 @@ def inherited(release: Path, module: str, name: str) -> dict[str, set[str]]:
     return found | defined_in(node)
 
 
-def empty_overrides(plugin: Path, release: Path, newer: set[str]) -> list[str]:
+def empty_overrides(plugin: Path, release: Path, excused: set[str]) -> list[str]:
     """Name what the plugin's subclasses define, or name as a parameter, and their base classes do not have."""
     errors = []
     for path in plugin.glob("*.py"):
@@ -135,20 +146,29 @@ def empty_overrides(plugin: Path, release: Path, newer: set[str]) -> list[str]:
                 continue  # a dataclass adds fields
             known = {name: params for origin in origins for name, params in inherited(release, *origin).items()}
             for name, params in defined_in(node).items():
-                if name not in known and name not in newer and not name.startswith("describe_"):
+                if name not in known and name not in excused and not name.startswith("describe_"):
                     errors.append(f"{path.name}: {node.name}.{name} overrides nothing")
-                errors += [f"{path.name}: {name} has no {p}" for p in params - known.get(name, params) - newer]
+                errors += [f"{path.name}: {name} has no {p}" for p in params - known.get(name, params) - excused]
     return errors
 
 
-def test_the_plugin_fits_the_release(release: Path, tmp_path: Path) -> None:
-    from mla_backend.plugin.releases import NEWER_NAMES
+def excused(release: Path) -> set[str]:
+    name, _, number = release.name.partition("-")
+    at = tuple(int(part) for part in (number if name == "vllm" else version("vllm")).split(".")[:2])
+    newer = {name for name, since in ASKED_SINCE.items() if at < since}
+    return newer | {name for name, until in ASKED_UNTIL.items() if at > until}
 
-    name, _, version = release.name.partition("-")
-    since = tuple(int(part) for part in version.split(".")[:2]) if name == "vllm" else (0, 32)
-    newer = {name for name, first in NEWER_NAMES.items() if first > since}
+
+def test_the_plugin_fits_the_release(release: Path, tmp_path: Path) -> None:
     assert type_errors(PLUGIN, release, tmp_path) == []
-    assert empty_overrides(PLUGIN, release, newer) == []
+    assert empty_overrides(PLUGIN, release, excused(release)) == []
+
+
+@pytest.mark.parametrize("platform", ["cpu", "cuda"])
+def test_the_platform_has_the_methods_that_are_answered_before(release: Path, platform: str) -> None:
+    tree = ast.parse((release / "vllm" / "platforms" / f"{platform}.py").read_text())
+    methods = {n.name: [a.arg for a in n.args.args] for n in ast.walk(tree) if isinstance(n, ast.FunctionDef)}
+    assert {name: methods.get(name) for name in PATCHED} == PATCHED
 
 
 def test_what_does_not_fit_is_found(tmp_path: Path) -> None:
@@ -172,6 +192,6 @@ def test_what_does_not_fit_is_found(tmp_path: Path) -> None:
         assert right in text
         (plugin / file).write_text(text.replace(right, wrong))
     release = sources_of("0.29.0")
-    found = type_errors(plugin, release, tmp_path) + empty_overrides(plugin, release, set())
+    found = type_errors(plugin, release, tmp_path) + empty_overrides(plugin, release, excused(release))
     for *_, complaint in mistakes:
         assert any(complaint in error for error in found), (complaint, found)

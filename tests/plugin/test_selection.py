@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from vllm.config import set_current_vllm_config
+from vllm.config import replace, set_current_vllm_config
 from vllm.engine.arg_utils import EngineArgs
 from vllm.platforms import current_platform
 from vllm.platforms.interface import DeviceCapability
@@ -112,7 +112,7 @@ assert "VLLM_ATTENTION_BACKEND" not in os.environ
 config = pickle.load(open(sys.argv[1], "rb"))  # before any plugin is loaded, as vLLM's processes do
 from vllm.plugins import load_general_plugins
 load_general_plugins()
-from vllm.config import set_current_vllm_config
+from vllm.config import replace, set_current_vllm_config
 from vllm.v1.attention.selector import get_attn_backend
 with set_current_vllm_config(config):
     backend = get_attn_backend(576, config.model_config.dtype, "auto", use_mla=True)
@@ -158,7 +158,7 @@ def refusal(model: str = MODEL, **arguments: Any) -> str:
         configure(model, attention_backend="HOPPER_MLA", **arguments)
     message = str(error.value)
     assert "supported are dense MLA decoders with head_size 576" in message
-    assert "name another backend, such as TRITON_MLA" in message
+    assert "unset --attention-backend and VLLM_ATTENTION_BACKEND, and vLLM chooses" in message
     return message
 
 
@@ -166,6 +166,9 @@ def test_what_it_cannot_serve_stops_the_start(tmp_path: Path) -> None:
     message = refusal(kv_cache_dtype="fp8")
     assert "kv_cache_dtype not supported" in message
     assert "kv_cache_dtype=fp8" in message
+    assert "name CPU_MLA with --attention-backend" in message
+    assert "block_size not supported" in refusal(block_size=24)
+    assert "batch invariance" not in message
     assert "head_size=320" in refusal(variant(tmp_path, kv_lora_rank=256))
     assert "sparse not supported" in refusal(variant(tmp_path, index_topk=64))
     assert "non-MLA not supported" in refusal(variant(tmp_path, **LLAMA))
@@ -184,11 +187,21 @@ def test_a_layer_that_it_cannot_serve_stops_the_start() -> None:
         chosen(config, has_sliding_window=True)
 
 
-def test_only_hopper_gpus_and_the_cpu() -> None:
-    assert HopperMLABackend.supports_compute_capability(DeviceCapability(9, 0))
+def test_only_hopper_gpus_and_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     assert HopperMLABackend.supports_compute_capability(None)
-    for other in (DeviceCapability(8, 0), DeviceCapability(8, 9), DeviceCapability(10, 0), DeviceCapability(12, 0)):
+    monkeypatch.setattr(type(current_platform), "is_cpu", lambda self: False)
+    monkeypatch.setattr(type(current_platform), "is_cuda", lambda self: True)
+    assert HopperMLABackend.supports_compute_capability(DeviceCapability(9, 0))
+    for other in (
+        None,
+        DeviceCapability(8, 0),
+        DeviceCapability(8, 9),
+        DeviceCapability(10, 0),
+        DeviceCapability(12, 0),
+    ):
         assert not HopperMLABackend.supports_compute_capability(other)
+    monkeypatch.setattr(type(current_platform), "is_cuda", lambda self: False)
+    assert not HopperMLABackend.supports_compute_capability(DeviceCapability(9, 0)), "another maker's GPU"
 
 
 def test_custom_stays_with_another_plugin(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -211,3 +224,57 @@ def test_vllms_cpu_rotary_kernel_still_has_to_be_avoided() -> None:
     key = projection[:, 512:].unsqueeze(1)
     ops.rotary_embedding(torch.arange(4), torch.randn(4, 8, 64), key, 64, torch.randn(64, 64), False)
     assert not projection[:, :512].equal(latent)
+
+
+@pytest.fixture
+def older_vllm(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Releases before 0.32 take no new names: CUSTOM is all there is."""
+    monkeypatch.delattr(AttentionBackendEnum, "register")
+    monkeypatch.delitem(AttentionBackendEnum._member_map_, "HOPPER_MLA")
+
+
+@pytest.mark.usefixtures("older_vllm")
+def test_where_vllm_takes_no_new_names(monkeypatch: pytest.MonkeyPatch) -> None:
+    register()
+    assert chosen(configure(attention_backend="CUSTOM")) == "HOPPER_MLA"
+    monkeypatch.setenv(VARIABLE, "HOPPER_MLA")
+    config = pickle.loads(pickle.dumps(configure()))
+    assert config.attention_config.backend_per_kind["mla_attention"] is AttentionBackendEnum.CUSTOM
+    assert chosen(config) == "HOPPER_MLA"
+    registry = sys.modules["vllm.v1.attention.backends.registry"]
+    monkeypatch.setitem(registry._ATTN_OVERRIDES, AttentionBackendEnum.CUSTOM, "other.Backend")
+    with pytest.raises(ValueError, match=r"another plugin has taken it \(other.Backend\)"):
+        configure()
+
+
+def draft_of(config: Any, backend: AttentionBackendEnum | None) -> Any:
+    """Make a draft model's configuration as vLLM does: the target's, with a backend of its own or none."""
+    return replace(config, attention_config=replace(config.attention_config, backend=backend))
+
+
+def test_a_draft_model_keeps_the_choice_and_the_settings(monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = {"block_size": 64, "enable_prefix_caching": True, "max_num_batched_tokens": 512}
+    monkeypatch.setenv(VARIABLE, "HOPPER_MLA")
+    config = configure(**settings)
+    assert chosen(draft_of(config, None)) == "HOPPER_MLA"
+    assert chosen(draft_of(config, AttentionBackendEnum.CPU_MLA)) == "CPU_MLA"
+    assert chosen(config) == "HOPPER_MLA"
+    assert config.cache_config.block_size == 64
+    assert config.cache_config.enable_prefix_caching
+    assert config.scheduler_config.enable_chunked_prefill
+    assert config.scheduler_config.max_num_batched_tokens == 512
+
+    explicit = configure(attention_backend="CPU_MLA")
+    assert chosen(draft_of(explicit, None)) in VLLMS_CHOICE, "the variable has lost against the flag once and for all"
+
+
+def test_settings_stay_as_configured_when_all_is_off() -> None:
+    config = configure(
+        attention_backend="HOPPER_MLA",
+        enable_prefix_caching=False,
+        enable_chunked_prefill=False,
+        max_num_batched_tokens=9000,
+    )
+    assert config.scheduler_config.max_num_batched_tokens == 9000
+    assert not config.cache_config.enable_prefix_caching
+    assert not config.scheduler_config.enable_chunked_prefill

@@ -128,6 +128,8 @@ def test_sixteen_concurrent_requests_of_mixed_lengths(server: Server, offline: l
     with ThreadPoolExecutor(16) as pool:
         answers = list(pool.map(lambda i: ask(server, i), range(16)))
     assert answers == offline
+    server.wait_until_idle()
+    assert server.metric("vllm:kv_cache_usage_perc") == 0
 
 
 def test_a_cancelled_request_leaves_no_block_behind(server: Server, offline: list[str]) -> None:

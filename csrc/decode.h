@@ -1,0 +1,48 @@
+// What the host hands to the device for one decode call. Strides count elements.
+#pragma once
+
+#include <cstdint>
+
+namespace mla_backend {
+
+constexpr int kLatentDim = 512;  // also the width of a value
+constexpr int kRopeDim = 64;
+constexpr int kHeadDim = kLatentDim + kRopeDim;
+
+constexpr int kTileTokens = 64;  // cached tokens that a thread block handles at a time: the unit of the schedule
+constexpr int kBlockRows = 64;   // query rows (token and head) per thread block: one M of wgmma
+
+struct DecodeParams {
+  // Queries [tokens, heads, 512] and [tokens, heads, 64].
+  const void* q_nope;
+  const void* q_pe;
+  int64_t q_nope_token_stride, q_nope_head_stride;
+  int64_t q_pe_token_stride, q_pe_head_stride;
+  bool queries_are_vectors;  // every row starts at a multiple of 16 bytes
+
+  const int32_t* block_table;  // [requests, max_pages]
+  int64_t block_table_stride;
+  const int32_t* seq_lens;         // [requests]
+  const int32_t* query_start_loc;  // [requests + 1]
+  const int32_t* request_tiles;    // [requests + 1], the schedule: running count of tiles
+
+  int tokens, heads, requests, page_size;
+  int workers;     // thread blocks that share the tiles, per block of query rows
+  int row_blocks;  // blocks of query rows that the longest query may have
+  bool causal;
+  float softmax_scale;
+
+  // Output [tokens, heads, 512], contiguous in the last dimension.
+  void* out;
+  int64_t out_token_stride, out_head_stride;
+  bool output_is_pairs;  // every row starts at a multiple of 4 bytes
+  float* lse;  // [tokens, heads] or null
+  int64_t lse_token_stride, lse_head_stride;
+
+  // Results of requests that several workers share: [row_blocks, workers, 2, 64, 512] normalised, and the base-2
+  // logarithm of their denominators [row_blocks, workers, 2, 64].
+  float* partial_out;
+  float* partial_lse;
+};
+
+}  // namespace mla_backend

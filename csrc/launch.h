@@ -1,0 +1,29 @@
+// The host's side of the kernels: what bindings.cpp calls, free of torch and of device code.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <cstdint>
+#include <string>
+
+#include "decode.h"
+
+namespace mla_backend {
+
+enum class ElementType { kBFloat16, kFloat16 };
+
+// The latent cache [pages, page_size, 576]; only the stride between pages is free.
+struct Cache {
+  const void* data;
+  int64_t pages, page_stride;
+};
+
+// Launch one decode call. Returns an empty string, or what went wrong.
+std::string launch_decode(const DecodeParams& params, const Cache& cache, ElementType type, cudaStream_t stream);
+
+// Write the running count of tiles, request_tiles [requests + 1], of seq_lens [requests].
+std::string launch_plan(const int32_t* seq_lens, int requests, int32_t* request_tiles, cudaStream_t stream);
+
+int multiprocessors(int device);
+
+}  // namespace mla_backend

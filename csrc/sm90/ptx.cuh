@@ -1,0 +1,184 @@
+// The instructions of sm_90a that the kernels use, one function each. Names and semantics are those of the PTX ISA.
+#pragma once
+
+#include <cuda.h>
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include <cstdint>
+#include <type_traits>
+
+namespace mla_backend::ptx {
+
+__device__ __forceinline__ uint32_t shared_address(const void* pointer) {
+  return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
+}
+
+// --- mbarrier -------------------------------------------------------------------------------------------------------
+
+__device__ __forceinline__ void mbarrier_init(uint64_t* barrier, uint32_t arrivals) {
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(barrier)), "r"(arrivals));
+}
+
+// Makes initialised barriers visible to the copy engine.
+__device__ __forceinline__ void fence_mbarrier_init() {
+  asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+}
+
+__device__ __forceinline__ void mbarrier_arrive(uint64_t* barrier) {
+  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(barrier)) : "memory");
+}
+
+__device__ __forceinline__ void mbarrier_arrive_expect_tx(uint64_t* barrier, uint32_t bytes) {
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)), "r"(bytes)
+               : "memory");
+}
+
+__device__ __forceinline__ void mbarrier_wait(uint64_t* barrier, uint32_t parity) {
+  asm volatile(
+      "{\n"
+      ".reg .pred done;\n"
+      "again:\n"
+      "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
+      "@!done bra again;\n"
+      "}\n" ::"r"(shared_address(barrier)),
+      "r"(parity)
+      : "memory");
+}
+
+// --- the copy engine ------------------------------------------------------------------------------------------------
+
+__device__ __forceinline__ void tma_load(void* to, const CUtensorMap* map, int c0, int c1, int c2, uint64_t* barrier) {
+  asm volatile(
+      "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3, %4}], [%5];" ::"r"(
+          shared_address(to)),
+      "l"(map), "r"(c0), "r"(c1), "r"(c2), "r"(shared_address(barrier))
+      : "memory");
+}
+
+__device__ __forceinline__ void prefetch_tensor_map(const CUtensorMap* map) {
+  asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
+}
+
+// Orders this thread's writes to shared memory before later reads by the tensor cores and the copy engine.
+__device__ __forceinline__ void fence_proxy_async() {
+  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+}
+
+// --- synchronisation and registers ----------------------------------------------------------------------------------
+
+template <int kThreads>
+__device__ __forceinline__ void named_barrier_sync(int id) {
+  asm volatile("bar.sync %0, %1;" ::"r"(id), "n"(kThreads) : "memory");
+}
+
+template <int kRegisters>
+__device__ __forceinline__ void setmaxnreg_inc() {
+  asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kRegisters));
+}
+
+template <int kRegisters>
+__device__ __forceinline__ void setmaxnreg_dec() {
+  asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kRegisters));
+}
+
+// With programmatic dependent launch: wait for the kernels before this one, or let the next one start.
+__device__ __forceinline__ void wait_for_previous_kernel() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
+__device__ __forceinline__ void let_next_kernel_start() { asm volatile("griddepcontrol.launch_dependents;"); }
+
+__device__ __forceinline__ void stmatrix_x4(uint32_t address, uint32_t a, uint32_t b, uint32_t c, uint32_t d) {
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(a), "r"(b), "r"(c),
+               "r"(d)
+               : "memory");
+}
+
+__device__ __forceinline__ float exp2(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+// --- wgmma ----------------------------------------------------------------------------------------------------------
+
+__device__ __forceinline__ void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
+__device__ __forceinline__ void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
+
+template <int kPending>
+__device__ __forceinline__ void wgmma_wait() {
+  asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kPending) : "memory");
+}
+
+// Keeps the compiler from moving uses of accumulators over the wait above them.
+template <int kCount>
+__device__ __forceinline__ void keep(float (&registers)[kCount]) {
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) asm volatile("" : "+f"(registers[i])::"memory");
+}
+
+// Matrix descriptor of an operand in rows of 128 bytes with the 128-byte swizzle (PTX ISA, "Matrix descriptor format").
+// K-major operands: `leading` is unused and `stride` goes from 8 rows to the next 8. MN-major operands: `leading` goes
+// from 64 columns to the next 64, `stride` from 8 rows of K to the next 8.
+__device__ __forceinline__ uint64_t matrix_descriptor(uint32_t address, uint32_t leading, uint32_t stride) {
+  constexpr uint64_t kSwizzle128 = 1;
+  return static_cast<uint64_t>((address & 0x3FFFF) >> 4) | static_cast<uint64_t>(leading >> 4) << 16 |
+         static_cast<uint64_t>(stride >> 4) << 32 | kSwizzle128 << 62;
+}
+
+#define MLA_C4(n) "+f"(c[n]), "+f"(c[n + 1]), "+f"(c[n + 2]), "+f"(c[n + 3])
+#define MLA_C16(n) MLA_C4(n), MLA_C4(n + 4), MLA_C4(n + 8), MLA_C4(n + 12)
+#define MLA_C64(n) MLA_C16(n), MLA_C16(n + 16), MLA_C16(n + 32), MLA_C16(n + 48)
+
+#define MLA_R16                                                                                                     \
+  "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15}"
+
+#define MLA_R128                                                                                                    \
+  "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, %23, " \
+  "%24, %25, %26, %27, %28, %29, %30, %31, %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, "  \
+  "%46, %47, %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63, %64, %65, %66, %67, "  \
+  "%68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, %80, %81, %82, %83, %84, %85, %86, %87, %88, %89, "  \
+  "%90, %91, %92, %93, %94, %95, %96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, %108, %109, "  \
+  "%110, %111, %112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, %124, %125, %126, %127}"
+
+#define MLA_WGMMA_N32(type)                                                                        \
+  asm volatile("{\n.reg .pred add;\nsetp.ne.b32 add, %18, 0;\n"                                    \
+               "wgmma.mma_async.sync.aligned.m64n32k16.f32." type "." type " " MLA_R16             \
+               ", %16, %17, add, 1, 1, 0, 0;\n}\n"                                                 \
+               : MLA_C16(0)                                                                        \
+               : "l"(a), "l"(b), "r"(add))
+
+#define MLA_WGMMA_N256(type)                                                                       \
+  asm volatile("{\n.reg .pred add;\nsetp.ne.b32 add, %130, 0;\n"                                   \
+               "wgmma.mma_async.sync.aligned.m64n256k16.f32." type "." type " " MLA_R128           \
+               ", %128, %129, add, 1, 1, 0, 1;\n}\n"                                               \
+               : MLA_C64(0), MLA_C64(64)                                                           \
+               : "l"(a), "l"(b), "r"(add))
+
+// c [64 x 32] (+)= a [64 x 16], K-major, times b [16 x 32], K-major.
+template <typename Element>
+__device__ __forceinline__ void wgmma_m64n32k16(float (&c)[16], uint64_t a, uint64_t b, int add) {
+  if constexpr (std::is_same_v<Element, __nv_bfloat16>) {
+    MLA_WGMMA_N32("bf16");
+  } else {
+    MLA_WGMMA_N32("f16");
+  }
+}
+
+// c [64 x 256] (+)= a [64 x 16], K-major, times b [16 x 256], MN-major.
+template <typename Element>
+__device__ __forceinline__ void wgmma_m64n256k16(float (&c)[128], uint64_t a, uint64_t b, int add) {
+  if constexpr (std::is_same_v<Element, __nv_bfloat16>) {
+    MLA_WGMMA_N256("bf16");
+  } else {
+    MLA_WGMMA_N256("f16");
+  }
+}
+
+#undef MLA_WGMMA_N256
+#undef MLA_WGMMA_N32
+#undef MLA_R128
+#undef MLA_R16
+#undef MLA_C64
+#undef MLA_C16
+#undef MLA_C4
+
+}  // namespace mla_backend::ptx

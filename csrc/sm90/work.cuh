@@ -1,0 +1,77 @@
+// Which tiles of which request a thread block handles: the split schedule, as every kernel reads it.
+//
+// Lay the tiles of all requests end to end; `request_tiles` is their running count. Worker w of W gets the w-th of W
+// nearly equal shares. A share may begin and end inside a request, so a worker handles a few pieces of requests; of
+// these only the first and the last can be a part of their request, and so a worker has two places for partial results.
+#pragma once
+
+#include "../decode.h"
+
+namespace mla_backend {
+
+struct Shares {
+  int quotient, remainder;
+
+  __device__ Shares(int tiles, int workers) : quotient(tiles / workers), remainder(tiles % workers) {}
+
+  __device__ int begin(int worker) const { return worker * quotient + min(worker, remainder); }
+
+  __device__ int worker_of(int tile) const {
+    const int larger = remainder * (quotient + 1);
+    return tile < larger ? tile / (quotient + 1) : remainder + (tile - larger) / quotient;
+  }
+};
+
+// Index of the last entry of the ascending `starts` [count + 1] that is <= value, so that value lies in
+// starts[i]:starts[i + 1]. All 32 lanes search together: two reads for a thousand entries.
+__device__ __forceinline__ int find_owner(const int32_t* starts, int count, int value) {
+  const int lane = threadIdx.x % 32;
+  int low = 0;  // starts[low] <= value
+  for (int span = count; span > 1;) {
+    const int step = (span + 31) / 32;
+    const int probe = low + lane * step;
+    const bool below = probe < low + span && probe < count && starts[probe] <= value;
+    const int last = 31 - __clz(__ballot_sync(~0u, below) | 1u);
+    low += last * step;
+    span = min(step, span - last * step);
+  }
+  return low;
+}
+
+// A piece of a request: its tiles first_tile to last_tile (not included), for the query rows of one block.
+struct Piece {
+  int request;
+  int first_tile, last_tile, request_tiles;
+  bool begins_share;  // it is the first of its worker's share, whose partial results go to the first of two places
+
+  __device__ bool whole() const { return first_tile == 0 && last_tile == request_tiles; }
+};
+
+class Pieces {
+ public:
+  __device__ Pieces(const DecodeParams& params, int worker) : params_(params) {
+    const Shares shares(params.request_tiles[params.requests], params.workers);
+    next_ = share_begin_ = shares.begin(worker);
+    end_ = shares.begin(worker + 1);
+    if (next_ < end_) request_ = find_owner(params.request_tiles, params.requests, next_);
+  }
+
+  __device__ bool take(Piece& piece) {
+    if (next_ >= end_) return false;
+    while (params_.request_tiles[request_ + 1] <= next_) ++request_;
+    const int begin = params_.request_tiles[request_], end = params_.request_tiles[request_ + 1];
+    piece = {request_, next_ - begin, min(end, end_) - begin, end - begin, next_ == share_begin_};
+    next_ = begin + piece.last_tile;
+    return true;
+  }
+
+ private:
+  const DecodeParams& params_;
+  int next_, end_, share_begin_, request_ = 0;
+};
+
+__device__ __forceinline__ int64_t partial_slot(const DecodeParams& params, int row_block, int worker, bool begins_share) {
+  return (static_cast<int64_t>(row_block) * params.workers + worker) * 2 + (begins_share ? 0 : 1);
+}
+
+}  // namespace mla_backend

@@ -1,0 +1,185 @@
+"""The compiled kernel against the reference, over everything that the contract of `mla_decode` allows it."""
+
+from __future__ import annotations
+
+import itertools
+import random
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+
+from mla_backend import DecodeSchedule, mla_decode
+from mla_backend.operators import has_compiled_kernels
+from mla_backend.reference import mla_decode_reference
+
+pytestmark = pytest.mark.skipif(
+    not (torch.cuda.is_available() and has_compiled_kernels()), reason="needs a Hopper GPU and the compiled kernels"
+)
+
+RANDOM_CASES = 2000
+PAGE_SIZES = (16, 32, 64, 128, 192)
+
+
+@dataclass
+class Step:
+    """A decode step on the GPU, with NaN in the cache and garbage in the block table wherever it must not look."""
+
+    seq_lens: list[int]
+    query_lens: list[int]
+    heads: int
+    page_size: int = 64
+    dtype: torch.dtype = torch.bfloat16
+    causal: bool = True
+    deviation: float = 0.1
+    padding_rows: int = 0
+    page_padding: int = 0
+    query_padding: int = 0
+    seed: int = 0
+
+    def arguments(self) -> dict[str, Any]:
+        generator = torch.Generator("cuda").manual_seed(self.seed)
+
+        def normal(*shape: int) -> torch.Tensor:
+            values = torch.randn(*shape, device="cuda", generator=generator, dtype=torch.float32)
+            return (values * self.deviation).to(self.dtype)
+
+        pages_of = [-(-length // self.page_size) for length in self.seq_lens]
+        total = sum(pages_of) + 2
+        storage = normal(total, self.page_size * 576 + self.page_padding)
+        cache = storage[:, : self.page_size * 576].unflatten(1, (self.page_size, 576))
+        numbers = torch.randperm(total, device="cuda", generator=generator, dtype=torch.int32)
+        table = torch.full((len(pages_of), max(pages_of, default=0) + 3), 2**31 - 1, dtype=torch.int32, device="cuda")
+        first = 0
+        for request, (count, length) in enumerate(zip(pages_of, self.seq_lens, strict=True)):
+            table[request, :count] = numbers[first : first + count]
+            first += count
+            if length % self.page_size:
+                cache[table[request, count - 1], length % self.page_size :] = torch.nan
+        cache[numbers[first:].long()] = torch.nan
+
+        tokens = sum(self.query_lens) + self.padding_rows
+        query = normal(tokens, self.heads, 576 + self.query_padding)
+        starts = list(itertools.accumulate(self.query_lens, initial=0))
+        seq_lens = torch.tensor(self.seq_lens, dtype=torch.int32, device="cuda")
+        return {
+            "q_nope": query[..., self.query_padding : self.query_padding + 512],
+            "q_pe": query[..., self.query_padding + 512 :],
+            "kv_cache": cache,
+            "block_table": table,
+            "seq_lens": seq_lens,
+            "query_start_loc": torch.tensor(starts, dtype=torch.int32, device="cuda"),
+            "softmax_scale": 192**-0.5,
+            "causal": self.causal,
+            "schedule": DecodeSchedule.plan(
+                seq_lens, max_query_len=max(self.query_lens, default=0), max_seq_len=max(self.seq_lens, default=0)
+            ),
+        }
+
+
+def reference(arguments: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
+    arguments = dict(arguments)
+    schedule = arguments.pop("schedule")
+    out = torch.empty(arguments["q_nope"].shape, device="cuda")
+    lse = torch.empty(out.shape[:2], device="cuda")
+    bounds = {"max_query_len": schedule.max_query_len, "max_seq_len": schedule.max_seq_len}
+    mla_decode_reference(**arguments, **bounds, kv_scale=None, out=out, lse=lse)
+    return out, lse
+
+
+def check(step: Step) -> None:
+    arguments = step.arguments()
+    expected, expected_lse = reference(arguments)
+    wide = torch.full((*expected.shape[:2], 512 + step.query_padding), torch.nan, dtype=step.dtype, device="cuda")
+    poison = torch.full_like(arguments["schedule"].buffers.partial_out, torch.nan)
+    arguments["schedule"].buffers.partial_out.copy_(poison)
+    out, lse = mla_decode(**arguments, out=wide[..., :512], return_lse=True)
+    assert out.isfinite().all(), step
+    out = out.float()
+    if step.deviation <= 0.1:
+        excess = (out - expected).abs() - 8e-4 - expected.abs() / 64
+        assert expected.numel() == 0 or excess.max() <= 0, f"{step}: {excess.max():.1e} over the tolerance"
+        norms = (out.double().square().sum() + expected.double().square().sum()).clamp(min=1e-12)
+        cosine_difference = 1 - 2 * (out.double() * expected).sum() / norms
+        assert expected.abs().sum() == 0 or cosine_difference < 5e-6, f"{step}: cosine difference {cosine_difference}"
+    else:
+        error = (out - expected).norm() / expected.norm().clamp(min=1e-20)
+        assert error < 0.01, f"{step}: relative error {error:.1e}"
+    torch.testing.assert_close(lse, expected_lse, rtol=1.3e-4, atol=1e-6 * max(1, (step.deviation / 0.1) ** 2))
+    if step.query_padding:
+        assert wide[..., 512:].isnan().all(), step
+
+
+def random_step(seed: int) -> Step:
+    rng = random.Random(seed)
+    requests = rng.choice([1, 1, 2, 3, 5, 8, 33, 140])
+    longest_query = rng.choice([1, 1, 1, 2, 4, 5, 17])
+    uniform = rng.random() < 0.6
+    query_lens = [longest_query if uniform else rng.randint(0, longest_query) for _ in range(requests)]
+    longest = rng.choice([1, 20, 64, 65, 300, 1500, 6000 if requests < 10 else 700])
+    seq_lens = [
+        0 if rng.random() < 0.08 else longest if rng.random() < 0.2 else rng.randint(1, longest) for _ in query_lens
+    ]
+    return Step(
+        seq_lens=seq_lens,
+        query_lens=query_lens,
+        heads=rng.choice([1, 2, 3, 7, 8, 16, 16, 20, 32, 63, 64, 65, 126, 128, rng.randint(1, 128)]),
+        page_size=rng.choice(PAGE_SIZES),
+        dtype=rng.choice([torch.bfloat16, torch.float16]),
+        causal=rng.random() < 0.7,
+        deviation=rng.choice([0.1, 0.1, 1.0, 5.0]),
+        padding_rows=rng.choice([0, 0, 3]),
+        page_padding=rng.choice([0, 64, 8]),
+        query_padding=rng.choice([0, 0, 8, 1]),
+        seed=seed,
+    )
+
+
+@pytest.mark.parametrize("part", range(10))
+def test_random_steps(part: int) -> None:
+    for seed in range(part * RANDOM_CASES // 10, (part + 1) * RANDOM_CASES // 10):
+        check(random_step(seed))
+
+
+@pytest.mark.parametrize("length", [20, 140, 4096])
+@pytest.mark.parametrize("queries", [1, 2, 4])
+@pytest.mark.parametrize("requests", [1, 2, 6, 64])
+def test_grid(requests: int, queries: int, length: int) -> None:
+    rng = random.Random(requests * queries * length)
+    mixed = [0 if rng.random() < 0.1 else rng.randint(1, length) for _ in range(requests)]
+    for heads, lengths, causal in itertools.product(
+        (1, 3, 9, 63, 64, 126, 128), ([length] * requests, mixed), (True, False)
+    ):
+        check(Step(lengths, [queries] * requests, heads, causal=causal, seed=heads))
+
+
+def test_results_are_the_same_from_run_to_run() -> None:
+    arguments = Step([3000, 10, 777, 0, 5000], [2, 1, 3, 1, 1], 48, deviation=1.0).arguments()
+    first = mla_decode(**arguments, return_lse=True)
+    for _ in range(10):
+        again = mla_decode(**arguments, return_lse=True)
+        assert first[0].equal(again[0])
+        assert first[1].equal(again[1])
+
+
+def test_a_cache_of_more_than_four_gigabytes() -> None:
+    pages = 70_000  # of 64 tokens: 5.2 GB
+    cache = torch.zeros(pages, 64, 576, dtype=torch.bfloat16, device="cuda")
+    cache[-2:] = torch.randn(2, 64, 576, device="cuda")
+    arguments = Step([128], [1], 16).arguments()
+    arguments["kv_cache"] = cache
+    arguments["block_table"] = torch.tensor([[pages - 1, pages - 2]], dtype=torch.int32, device="cuda")
+    out, _ = mla_decode(**arguments, return_lse=True)
+    expected, _ = reference(arguments)
+    torch.testing.assert_close(out.float(), expected, rtol=1 / 64, atol=8e-4)
+
+
+def test_what_the_kernel_cannot_take_is_named() -> None:
+    arguments = Step([128], [1], 16).arguments()
+    single = arguments["kv_cache"].reshape(-1, 1, 576)
+    with pytest.raises(RuntimeError, match="kv_cache has pages of 1 tokens, wanted 16, 32, 64 or a multiple of 64"):
+        mla_decode(**{**arguments, "kv_cache": single})
+    odd = torch.zeros(4, 64 * 576 + 4, dtype=torch.bfloat16, device="cuda")[:, : 64 * 576].unflatten(1, (64, 576))
+    with pytest.raises(RuntimeError, match="the pages of kv_cache must start at multiples of 16 bytes"):
+        mla_decode(**{**arguments, "kv_cache": odd})

@@ -76,7 +76,8 @@ void mla_decode(const Tensor& q_nope, const Tensor& q_pe, const Tensor& kv_cache
   params.request_tiles = static_cast<const int32_t*>(request_tiles.const_data_ptr());
   params.tokens = tokens, params.heads = heads;
   params.requests = static_cast<int>(seq_lens.size(0)), params.page_size = static_cast<int>(page_size);
-  params.row_blocks = static_cast<int>(std::max<int64_t>(1, (max_query_len * heads + kBlockRows - 1) / kBlockRows));
+  params.max_rows = static_cast<int>(max_query_len * heads);
+  params.row_blocks = std::max(1, (params.max_rows + kBlockRows - 1) / kBlockRows);
   params.workers = std::max(1, static_cast<int>(partial_lse.numel()) / (2 * kBlockRows) / params.row_blocks);
   params.causal = causal;
   params.softmax_scale = static_cast<float>(softmax_scale);

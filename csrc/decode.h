@@ -27,8 +27,9 @@ struct DecodeParams {
   const int32_t* request_tiles;    // [requests + 1], the schedule: running count of tiles
 
   int tokens, heads, requests, page_size;
+  int max_rows;    // query rows (token and head) that a request may have
   int workers;     // thread blocks that share the tiles, per block of query rows
-  int row_blocks;  // blocks of query rows that the longest query may have
+  int row_blocks;  // blocks of kBlockRows that these make
   bool causal;
   float softmax_scale;
 

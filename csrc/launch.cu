@@ -3,7 +3,8 @@
 #include <cudaTypedefs.h>
 
 #include "sm90/combine.cuh"
-#include "sm90/decode.cuh"
+#include "sm90/decode_narrow.cuh"
+#include "sm90/decode_wide.cuh"
 #include "sm90/plan.cuh"
 
 namespace mla_backend {
@@ -38,6 +39,16 @@ std::string encode_cache(const Cache& cache, int page_size, CUtensorMapDataType 
   return result == CUDA_SUCCESS ? "" : "cuTensorMapEncodeTiled failed with " + std::to_string(result);
 }
 
+template <typename Shared, typename Kernel>
+std::string decode(Kernel kernel, const DecodeParams& params, const CUtensorMap& map, cudaStream_t stream) {
+  constexpr size_t kSharedBytes = sizeof(Shared) + alignof(Shared);
+  // Per device and cheap, so it is simply asked for each time.
+  const auto error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes);
+  if (error != cudaSuccess) return describe("shared memory for the decode kernel", error);
+  kernel<<<dim3(params.workers, params.row_blocks), sm90::kThreads, kSharedBytes, stream>>>(params, map);
+  return describe("decode kernel", cudaGetLastError());
+}
+
 template <typename Element, typename Shape>
 std::string combine(const DecodeParams& params, cudaStream_t stream) {
   // Its blocks find their work while the decode kernel ends, and wait for its results then.
@@ -56,16 +67,17 @@ std::string combine(const DecodeParams& params, cudaStream_t stream) {
 template <typename Element>
 std::string launch(const DecodeParams& params, const Cache& cache, CUtensorMapDataType type, cudaStream_t stream) {
   CUtensorMap map;
-  if (auto problem = encode_cache<Element>(cache, params.page_size, type, &map); !problem.empty()) return problem;
+  if (auto wrong = encode_cache<Element>(cache, params.page_size, type, &map); !wrong.empty()) return wrong;
 
-  constexpr size_t kSharedBytes = sizeof(sm90::Shared<Element>) + alignof(sm90::Shared<Element>);
-  const auto decode = sm90::decode_kernel<Element>;
-  // Per device and cheap, so it is simply asked for each time.
-  auto error = cudaFuncSetAttribute(decode, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes);
-  if (error != cudaSuccess) return describe("shared memory for the decode kernel", error);
-  decode<<<dim3(params.workers, params.row_blocks), sm90::kThreads, kSharedBytes, stream>>>(params, map);
-  if (error = cudaGetLastError(); error != cudaSuccess) return describe("decode kernel", error);
-
+  std::string problem;
+  if (const int rows = params.max_rows; rows <= 16) {
+    problem = decode<sm90::NarrowShared<Element, 16>>(sm90::decode_narrow_kernel<Element, 16>, params, map, stream);
+  } else if (rows <= 32) {
+    problem = decode<sm90::NarrowShared<Element, 32>>(sm90::decode_narrow_kernel<Element, 32>, params, map, stream);
+  } else {
+    problem = decode<sm90::WideShared<Element>>(sm90::decode_wide_kernel<Element>, params, map, stream);
+  }
+  if (!problem.empty()) return problem;
   if (static_cast<int64_t>(params.tokens) * params.heads >= sm90::kManyRows) {
     return combine<Element, sm90::CombineManyRows>(params, stream);
   }

@@ -92,6 +92,13 @@ __device__ __forceinline__ void stmatrix_x4(uint32_t address, uint32_t a, uint32
                : "memory");
 }
 
+// Like stmatrix_x4, but each 8 x 8 matrix is stored transposed.
+__device__ __forceinline__ void stmatrix_x4_trans(uint32_t address, uint32_t a, uint32_t b, uint32_t c, uint32_t d) {
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(a), "r"(b),
+               "r"(c), "r"(d)
+               : "memory");
+}
+
 __device__ __forceinline__ float exp2(float x) {
   float y;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
@@ -139,12 +146,21 @@ __device__ __forceinline__ uint64_t matrix_descriptor(uint32_t address, uint32_t
   "%90, %91, %92, %93, %94, %95, %96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, %108, %109, "  \
   "%110, %111, %112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, %124, %125, %126, %127}"
 
+#define MLA_R8 "{%0, %1, %2, %3, %4, %5, %6, %7}"
+
+#define MLA_WGMMA_N16(type)                                                                        \
+  asm volatile("{\n.reg .pred add;\nsetp.ne.b32 add, %10, 0;\n"                                    \
+               "wgmma.mma_async.sync.aligned.m64n16k16.f32." type "." type " " MLA_R8              \
+               ", %8, %9, add, 1, 1, %11, 0;\n}\n"                                                 \
+               : MLA_C4(0), MLA_C4(4)                                                              \
+               : "l"(a), "l"(b), "r"(add), "n"(kTransposedA))
+
 #define MLA_WGMMA_N32(type)                                                                        \
   asm volatile("{\n.reg .pred add;\nsetp.ne.b32 add, %18, 0;\n"                                    \
                "wgmma.mma_async.sync.aligned.m64n32k16.f32." type "." type " " MLA_R16             \
-               ", %16, %17, add, 1, 1, 0, 0;\n}\n"                                                 \
+               ", %16, %17, add, 1, 1, %19, 0;\n}\n"                                               \
                : MLA_C16(0)                                                                        \
-               : "l"(a), "l"(b), "r"(add))
+               : "l"(a), "l"(b), "r"(add), "n"(kTransposedA))
 
 #define MLA_WGMMA_N256(type)                                                                       \
   asm volatile("{\n.reg .pred add;\nsetp.ne.b32 add, %130, 0;\n"                                   \
@@ -153,9 +169,18 @@ __device__ __forceinline__ uint64_t matrix_descriptor(uint32_t address, uint32_t
                : MLA_C64(0), MLA_C64(64)                                                           \
                : "l"(a), "l"(b), "r"(add))
 
-// c [64 x 32] (+)= a [64 x 16], K-major, times b [16 x 32], K-major.
-template <typename Element>
-__device__ __forceinline__ void wgmma_m64n32k16(float (&c)[16], uint64_t a, uint64_t b, int add) {
+// c [64 x N] (+)= a [64 x 16] times b [16 x N], K-major; a is K-major, or M-major where kTransposedA is 1.
+template <typename Element, int kTransposedA = 0>
+__device__ __forceinline__ void wgmma(float (&c)[8], uint64_t a, uint64_t b, int add) {
+  if constexpr (std::is_same_v<Element, __nv_bfloat16>) {
+    MLA_WGMMA_N16("bf16");
+  } else {
+    MLA_WGMMA_N16("f16");
+  }
+}
+
+template <typename Element, int kTransposedA = 0>
+__device__ __forceinline__ void wgmma(float (&c)[16], uint64_t a, uint64_t b, int add) {
   if constexpr (std::is_same_v<Element, __nv_bfloat16>) {
     MLA_WGMMA_N32("bf16");
   } else {
@@ -165,7 +190,7 @@ __device__ __forceinline__ void wgmma_m64n32k16(float (&c)[16], uint64_t a, uint
 
 // c [64 x 256] (+)= a [64 x 16], K-major, times b [16 x 256], MN-major.
 template <typename Element>
-__device__ __forceinline__ void wgmma_m64n256k16(float (&c)[128], uint64_t a, uint64_t b, int add) {
+__device__ __forceinline__ void wgmma_transposed_b(float (&c)[128], uint64_t a, uint64_t b, int add) {
   if constexpr (std::is_same_v<Element, __nv_bfloat16>) {
     MLA_WGMMA_N256("bf16");
   } else {
@@ -175,6 +200,8 @@ __device__ __forceinline__ void wgmma_m64n256k16(float (&c)[128], uint64_t a, ui
 
 #undef MLA_WGMMA_N256
 #undef MLA_WGMMA_N32
+#undef MLA_WGMMA_N16
+#undef MLA_R8
 #undef MLA_R128
 #undef MLA_R16
 #undef MLA_C64

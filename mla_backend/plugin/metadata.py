@@ -41,7 +41,7 @@ class HopperMLAMetadataBuilder(MLACommonMetadataBuilder[HopperMLAMetadata]):
     reorder_batch_threshold: int = 128
 
     @classmethod
-    def get_cudagraph_support(cls, vllm_config: VllmConfig, kv_cache_spec: AttentionSpec) -> AttentionCGSupport:
+    def get_cudagraph_support(cls, vllm_config: VllmConfig, kv_cache_spec: Any) -> AttentionCGSupport:
         # The reference works through the longest length there is, which a graph would do at every step.
         return cls._cudagraph_support if has_compiled_kernels() else AttentionCGSupport.NEVER
 

@@ -65,7 +65,8 @@ def complete_config(original: Callable[[VllmConfig], None], vllm_config: VllmCon
     if model is None:
         original(vllm_config)
         return
-    mark = vllm_config.additional_config.get(MARK)
+    additional: Any = vllm_config.additional_config  # a dictionary on the platforms of vLLM itself
+    mark = additional.get(MARK)
     if mark is None:
         by_variable = apply_environment(vllm_config)
         mark = {"chosen": is_chosen(vllm_config), "by_variable": by_variable}
@@ -73,7 +74,7 @@ def complete_config(original: Callable[[VllmConfig], None], vllm_config: VllmCon
             # The layers ask again, one by one; asking here stops start-up before any process is started.
             refuse_unserved(model.model, _expected_layer(vllm_config))
         if mark["chosen"] or VARIABLE in os.environ:
-            vllm_config.additional_config[MARK] = mark
+            additional[MARK] = mark
     elif mark["by_variable"] and vllm_config.attention_config.backend is not None:
         _unset_mla_kind(vllm_config)
     if mark["chosen"] and current_platform.is_cpu():

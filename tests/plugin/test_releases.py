@@ -178,7 +178,7 @@ def test_what_does_not_fit_is_found(tmp_path: Path) -> None:
         ("impl.py", "import MLACommonImpl\n", "import MLACommonImpl, MLANoSuchImpl\n", "MLANoSuchImpl"),
         ("impl.py", "layer: AttentionLayer,", "layer: AttentionLayer, more: int,", "forward_mqa"),
         ("backend.py", "def supports_dtype", "def supports_datatype", "supports_datatype overrides nothing"),
-        ("selection.py", "attention.backend_per_kind[", "attention.backend_by_kind[", "backend_by_kind"),
+        ("selection.py", "in attention.backend_per_kind:", "in attention.backend_by_kind:", "backend_by_kind"),
         ("metadata.py", "max_num_seqs", "max_seqs", "max_seqs"),
         (
             "metadata.py",

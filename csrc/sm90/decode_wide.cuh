@@ -1,4 +1,4 @@
-// MLA decode on Hopper: one thread block attends 64 query rows of a request to a share of its cached tokens.
+// MLA decode on Hopper for more than 32 query rows: one thread block attends 64 query rows of a request to a share of its cached tokens.
 //
 // A producer warp brings tiles of 64 cached tokens (64 x 576) into one of two stages with the copy engine. Two
 // warpgroups do the mathematics side by side: each computes the scores of half of a tile's tokens (64 x 32), they
@@ -7,22 +7,12 @@
 // first 512 columns, as values (MN-major), without a copy.
 #pragma once
 
-#include "ptx.cuh"
-#include "work.cuh"
+#include "tile.cuh"
 
 namespace mla_backend::sm90 {
 
-constexpr int kColumnBlocks = kHeadDim / 64;  // a tile lies in shared memory as 9 blocks of 64 rows x 128 bytes
-constexpr int kStages = 2;
-constexpr int kMathThreads = 256;
-constexpr int kThreads = kMathThreads + 128;
-constexpr int kMathBarrier = 1;  // named barrier of the two mathematics warpgroups
-
 template <typename Element>
-using ColumnBlock = Element[64][64];
-
-template <typename Element>
-struct alignas(1024) Shared {
+struct alignas(1024) WideShared {
   ColumnBlock<Element> query[kColumnBlocks];
   ColumnBlock<Element> tile[kStages][kColumnBlocks];
   ColumnBlock<Element> probabilities;
@@ -30,112 +20,8 @@ struct alignas(1024) Shared {
   uint64_t full[kStages], empty[kStages];
 };
 
-// Byte offset of 16-byte chunk `chunk` of row `row` in a column block: the 128-byte swizzle of the copy engine.
-__device__ __forceinline__ uint32_t swizzled(int row, int chunk) { return row * 128 + ((chunk ^ (row & 7)) << 4); }
-
-struct Stage {
-  int index = 0;
-  uint32_t phase = 0;
-
-  __device__ void advance() {
-    if (++index == kStages) index = 0, phase ^= 1;
-  }
-};
-
 template <typename Element>
-__device__ void produce(const DecodeParams& params, const CUtensorMap* map, Shared<Element>& shared) {
-  Stage stage;
-  Piece piece;
-  const int box_rows = min(params.page_size, kTileTokens);
-  for (Pieces pieces(params, blockIdx.x); pieces.take(piece);) {
-    const int queries = params.query_start_loc[piece.request + 1] - params.query_start_loc[piece.request];
-    if (static_cast<int>(blockIdx.y) * kBlockRows >= queries * params.heads) continue;
-    const int32_t* pages = params.block_table + piece.request * params.block_table_stride;
-    const int seq_len = params.seq_lens[piece.request];
-    for (int tile = piece.first_tile; tile < piece.last_tile; ++tile, stage.advance()) {
-      ptx::mbarrier_wait(&shared.empty[stage.index], stage.phase ^ 1);
-      if (threadIdx.x % 32 == 0) {
-        const int first = tile * kTileTokens;
-        const int boxes = (min(kTileTokens, seq_len - first) + box_rows - 1) / box_rows;
-        ptx::mbarrier_arrive_expect_tx(&shared.full[stage.index], boxes * box_rows * kHeadDim * sizeof(Element));
-        for (int box = 0; box < boxes; ++box) {
-          const int token = first + box * box_rows;
-          const int page = pages[token / params.page_size], row = token % params.page_size;
-#pragma unroll
-          for (int block = 0; block < kColumnBlocks; ++block) {
-            ptx::tma_load(&shared.tile[stage.index][block][box * box_rows], map, block * 64, row, page,
-                          &shared.full[stage.index]);
-          }
-        }
-      }
-      __syncwarp();
-    }
-  }
-}
-
-// Bring the block's query rows into shared memory; rows past the request's become zeros.
-template <typename Element>
-__device__ void load_queries(const DecodeParams& params, int first_token, int first_row, int rows, Shared<Element>& shared) {
-  constexpr int kChunks = kHeadDim / 8;
-  for (int i = threadIdx.x; i < kBlockRows * kChunks; i += kMathThreads) {
-    const int row = i / kChunks, chunk = i % kChunks;
-    uint4 value = make_uint4(0, 0, 0, 0);
-    if (first_row + row < rows) {
-      const int64_t token = first_token + (first_row + row) / params.heads, head = (first_row + row) % params.heads;
-      const Element* from = chunk < kLatentDim / 8
-                                ? static_cast<const Element*>(params.q_nope) + token * params.q_nope_token_stride +
-                                      head * params.q_nope_head_stride + chunk * 8
-                                : static_cast<const Element*>(params.q_pe) + token * params.q_pe_token_stride +
-                                      head * params.q_pe_head_stride + (chunk * 8 - kLatentDim);
-      if (params.queries_are_vectors) {
-        value = *reinterpret_cast<const uint4*>(from);
-      } else {
-        Element* elements = reinterpret_cast<Element*>(&value);
-#pragma unroll
-        for (int e = 0; e < 8; ++e) elements[e] = from[e];
-      }
-    }
-    char* block = reinterpret_cast<char*>(shared.query[chunk / 8]);
-    *reinterpret_cast<uint4*>(block + swizzled(row, chunk % 8)) = value;
-  }
-  ptx::fence_proxy_async();
-  ptx::named_barrier_sync<kMathThreads>(kMathBarrier);
-}
-
-// What lies in a tile past the request's last token would meet probability 0, and 0 x NaN is NaN: make it zeros.
-template <typename Element>
-__device__ void clear_rows_from(int row, ColumnBlock<Element> (&tile)[kColumnBlocks]) {
-  const int chunks = (kTileTokens - row) * 8;  // whole rows of 128 bytes, so the swizzle does not matter
-  for (int i = threadIdx.x; i < chunks * kColumnBlocks; i += kMathThreads) {
-    reinterpret_cast<uint4*>(&tile[i / chunks][row])[i % chunks] = make_uint4(0, 0, 0, 0);
-  }
-  ptx::fence_proxy_async();
-  ptx::named_barrier_sync<kMathThreads>(kMathBarrier);
-}
-
-__device__ __forceinline__ float quad_max(float x) {
-  x = fmaxf(x, __shfl_xor_sync(~0u, x, 1));
-  return fmaxf(x, __shfl_xor_sync(~0u, x, 2));
-}
-
-__device__ __forceinline__ float quad_sum(float x) {
-  x += __shfl_xor_sync(~0u, x, 1);
-  return x + __shfl_xor_sync(~0u, x, 2);
-}
-
-template <typename Element>
-__device__ __forceinline__ uint32_t pack(float low, float high) {
-  if constexpr (std::is_same_v<Element, __nv_bfloat16>) {
-    const __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
-    return reinterpret_cast<const uint32_t&>(pair);
-  } else {
-    const __half2 pair = __floats2half2_rn(low, high);
-    return reinterpret_cast<const uint32_t&>(pair);
-  }
-}
-
-template <typename Element>
-__device__ void compute(const DecodeParams& params, Shared<Element>& shared) {
+__device__ void consume_wide(const DecodeParams& params, WideShared<Element>& shared) {
   const int warpgroup = threadIdx.x / 128, lane = threadIdx.x % 32;
   // A thread holds two rows of every accumulator, and in each group of 8 columns two neighbouring ones.
   const int own_row = threadIdx.x / 32 % 4 * 16 + lane / 4, own_column = lane % 4 * 2;
@@ -150,7 +36,7 @@ __device__ void compute(const DecodeParams& params, Shared<Element>& shared) {
     const int rows = queries * params.heads, first_row = blockIdx.y * kBlockRows;
     if (first_row >= rows) continue;
     const int seq_len = params.seq_lens[piece.request];
-    load_queries<Element>(params, first_token, first_row, rows, shared);
+    load_queries(params, first_token, first_row, rows, shared.query);
 
     // Position of the last token that each own row sees.
     int last_visible[2];
@@ -168,7 +54,7 @@ __device__ void compute(const DecodeParams& params, Shared<Element>& shared) {
       const int first = tile * kTileTokens;
       ColumnBlock<Element>(&keys)[kColumnBlocks] = shared.tile[stage.index];
       ptx::mbarrier_wait(&shared.full[stage.index], stage.phase);
-      if (seq_len - first < kTileTokens) clear_rows_from<Element>(seq_len - first, keys);
+      if (seq_len - first < kTileTokens) clear_rows_from<kMathThreads>(seq_len - first, keys, kMathBarrier);
 
       float score[16];
       const uint32_t own_keys = ptx::shared_address(keys) + warpgroup * 32 * 128;
@@ -176,7 +62,7 @@ __device__ void compute(const DecodeParams& params, Shared<Element>& shared) {
 #pragma unroll
       for (int step = 0; step < kHeadDim / 16; ++step) {
         const uint32_t offset = step / 4 * sizeof(ColumnBlock<Element>) + step % 4 * 32;
-        ptx::wgmma_m64n32k16<Element>(score, ptx::matrix_descriptor(query + offset, 0, 1024),
+        ptx::wgmma<Element>(score, ptx::matrix_descriptor(query + offset, 0, 1024),
                                       ptx::matrix_descriptor(own_keys + offset, 0, 1024), step > 0);
       }
       ptx::wgmma_commit();
@@ -241,7 +127,7 @@ __device__ void compute(const DecodeParams& params, Shared<Element>& shared) {
       ptx::wgmma_fence();
 #pragma unroll
       for (int step = 0; step < kTileTokens / 16; ++step) {
-        ptx::wgmma_m64n256k16<Element>(
+        ptx::wgmma_transposed_b<Element>(
             out, ptx::matrix_descriptor(probabilities + step * 32, 0, 1024),
             ptx::matrix_descriptor(own_values + step * 16 * 128, sizeof(ColumnBlock<Element>), 1024),
             step > 0 || tile > piece.first_tile);
@@ -302,25 +188,8 @@ __device__ void compute(const DecodeParams& params, Shared<Element>& shared) {
 
 template <typename Element>
 __global__ void __launch_bounds__(kThreads, 1)
-    decode_kernel(const __grid_constant__ DecodeParams params, const __grid_constant__ CUtensorMap map) {
-  extern __shared__ char memory[];
-  Shared<Element>& shared = *reinterpret_cast<Shared<Element>*>((reinterpret_cast<uintptr_t>(memory) + 1023) & ~1023ull);
-  if (threadIdx.x == 0) {
-    ptx::prefetch_tensor_map(&map);
-    for (int i = 0; i < kStages; ++i) {
-      ptx::mbarrier_init(&shared.full[i], 1);
-      ptx::mbarrier_init(&shared.empty[i], 2);
-    }
-    ptx::fence_mbarrier_init();
-  }
-  __syncthreads();
-  if (threadIdx.x >= kMathThreads) {
-    ptx::setmaxnreg_dec<40>();
-    if (threadIdx.x < kMathThreads + 32) produce<Element>(params, &map, shared);
-  } else {
-    ptx::setmaxnreg_inc<232>();
-    compute<Element>(params, shared);
-  }
+    decode_wide_kernel(const __grid_constant__ DecodeParams params, const __grid_constant__ CUtensorMap map) {
+  run_roles<Element, WideShared<Element>>(params, &map, 2, [&](auto& shared) { consume_wide<Element>(params, shared); });
 }
 
 }  // namespace mla_backend::sm90

@@ -173,7 +173,8 @@ __device__ void consume_narrow(const DecodeParams& params, NarrowShared<Element,
       if (lane < 4 && warp == 0) shared.peaks[warpgroup][own_column(c)] = peak[c];
     }
     ptx::named_barrier_sync<kMathThreads>(kMathBarrier);
-    float factor[kColumns], log2_sum[kColumns];
+    float factor[kColumns];
+    const int64_t slot = partial_slot(params, 0, blockIdx.x, piece.begins_share);
 #pragma unroll
     for (int c = 0; c < kColumns; ++c) {
       const int column = own_column(c);
@@ -188,13 +189,19 @@ __device__ void consume_narrow(const DecodeParams& params, NarrowShared<Element,
       const float own_weight = ptx::exp2(peak[c] * scale_log2 - shift);
       const float total = own_sum * own_weight + other_sum * ptx::exp2(other * scale_log2 - shift);
       factor[c] = total > 0 ? own_weight / total : 0;
-      log2_sum[c] = total > 0 ? shift + log2f(total) : -INFINITY;
+      if (threadIdx.x >= 4 || column >= rows) continue;
+      const float log2_sum = total > 0 ? shift + log2f(total) : -INFINITY;
+      if (!piece.whole()) {
+        params.partial_lse[slot * kBlockRows + column] = log2_sum;
+      } else if (params.lse != nullptr) {
+        const int64_t token = first_token + column / params.heads, head = column % params.heads;
+        params.lse[token * params.lse_token_stride + head * params.lse_head_stride] = log2_sum * 0.6931471805599453f;
+      }
     }
 
     // Each warpgroup finishes half of the columns and hands the other half over; the same thread of the other warpgroup
     // holds the same places of an accumulator.
     constexpr int kBlocksAtOnce = kMergeFloats / (kMathThreads * (kN / 2));
-    const int64_t slot = partial_slot(params, 0, blockIdx.x, piece.begins_share);
 #pragma unroll
     for (int round = 0; round < kValueBlocks / 2 / kBlocksAtOnce; ++round) {
 #pragma unroll
@@ -231,19 +238,6 @@ __device__ void consume_narrow(const DecodeParams& params, NarrowShared<Element,
         }
       }
       ptx::named_barrier_sync<kMathThreads>(kMathBarrier);
-    }
-    if (warpgroup == 0 && warp == 0 && lane < 4) {
-#pragma unroll
-      for (int c = 0; c < kColumns; ++c) {
-        const int row = own_column(c);
-        if (row >= rows) continue;
-        if (!piece.whole()) {
-          params.partial_lse[slot * kBlockRows + row] = log2_sum[c];
-        } else if (params.lse != nullptr) {
-          const int64_t token = first_token + row / params.heads, head = row % params.heads;
-          params.lse[token * params.lse_token_stride + head * params.lse_head_stride] = log2_sum[c] * 0.6931471805599453f;
-        }
-      }
     }
   }
 }

@@ -64,7 +64,9 @@ template <typename Element, int kRows>
 __device__ void load_queries(const DecodeParams& params, int first_token, int first_row, int rows,
                              Element (&query)[kColumnBlocks][kRows][64]) {
   constexpr int kChunks = kHeadDim / 8;
-  for (int i = threadIdx.x; i < kRows * kChunks; i += kMathThreads) {
+  int begin = threadIdx.x;
+  asm volatile("" : "+r"(begin));  // or addresses are kept in registers from one request to the next, and others spill
+  for (int i = begin; i < kRows * kChunks; i += kMathThreads) {
     const int row = i / kChunks, chunk = i % kChunks;
     uint4 value = make_uint4(0, 0, 0, 0);
     if (first_row + row < rows) {
@@ -82,8 +84,7 @@ __device__ void load_queries(const DecodeParams& params, int first_token, int fi
         for (int e = 0; e < 8; ++e) elements[e] = from[e];
       }
     }
-    char* block = reinterpret_cast<char*>(query[chunk / 8]);
-    *reinterpret_cast<uint4*>(block + swizzled(row, chunk % 8)) = value;
+    ptx::store_shared(ptx::shared_address(query[chunk / 8]) + swizzled(row, chunk % 8), value);
   }
   ptx::fence_proxy_async();
   ptx::named_barrier_sync<kMathThreads>(kMathBarrier);
@@ -138,10 +139,10 @@ __device__ void run_roles(const DecodeParams& params, const CUtensorMap* map, in
   }
   __syncthreads();
   if (threadIdx.x >= kMathThreads) {
-    ptx::setmaxnreg_dec<40>();
+    ptx::setmaxnreg_dec<32>();
     if (threadIdx.x < kMathThreads + 32) produce<Element>(params, map, shared);
   } else {
-    ptx::setmaxnreg_inc<232>();
+    ptx::setmaxnreg_inc<240>();
     consume(shared);
   }
 }

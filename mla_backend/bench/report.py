@@ -1,0 +1,85 @@
+"""The results as a table, as JSON and as a picture."""
+
+from __future__ import annotations
+
+import json
+import math
+import platform
+import subprocess
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import torch
+
+from mla_backend.bench.contenders import OURS
+from mla_backend.bench.measure import Row
+
+
+def table(rows: list[Row]) -> str:
+    names = list(rows[0].timings)
+    lines = [f"{'shape':32} {'floor':>7} " + " ".join(f"{name:>16}" for name in names) + f" {'best peer / ours':>17}"]
+    ratios = []
+    for row in rows:
+        cells = [f"{t.median:16.1f}" if t.median else f"{'-':>16}" for t in row.timings.values()]
+        ratio = best_peer_over_ours(row)
+        ratios += [ratio] if ratio else []
+        lines.append(f"{row.shape:32} {row.floor:7.1f} {' '.join(cells)} {ratio or math.nan:17.2f}")
+    if ratios:
+        lines.append(f"geometric mean of best peer / ours: {math.exp(sum(map(math.log, ratios)) / len(ratios)):.3f}")
+    return "\n".join(lines)
+
+
+def best_peer_over_ours(row: Row) -> float | None:
+    peers = [t.median for name, t in row.timings.items() if name != OURS and t.median]
+    mine = row.timings.get(OURS)
+    return min(peers) / mine.median if peers and mine and mine.median else None
+
+
+def installed(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed"
+
+
+def write_json(path: Path, rows: list[Row], machine: dict[str, float]) -> None:
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
+    about = {
+        "gpu": torch.cuda.get_device_name(),
+        "driver_and_cuda": torch.version.cuda,
+        "python": platform.python_version(),
+        "versions": {name: installed(name) for name in ("mla-backend", "torch", "vllm", "flashinfer-python", "triton")},
+        "commit": commit,
+        "ceilings": machine,
+    }
+    path.write_text(json.dumps({"about": about, "rows": [row.as_json() for row in rows]}, indent=1) + "\n")
+
+
+def draw(path: Path, rows: list[Row]) -> None:
+    """Time over the floor by shape, one line per contender, one panel per regime."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    regimes = {
+        "few rows (up to 64)": [r for r in rows if r.query_rows <= 64],
+        "many rows": [r for r in rows if r.query_rows > 64],
+    }
+    regimes = {name: chosen for name, chosen in regimes.items() if chosen}
+    figure, panels = pyplot.subplots(1, len(regimes), figsize=(7 * len(regimes), 5.5), dpi=110, squeeze=False)
+    for axes, (regime, chosen) in zip(panels[0], regimes.items(), strict=True):
+        ordered = sorted(chosen, key=lambda r: r.floor)
+        for name in ordered[0].timings:
+            points = [r.timings[name].median / r.floor if r.timings[name].median else math.nan for r in ordered]
+            axes.plot(range(len(ordered)), points, "o-", label=name, linewidth=2.5 if name == OURS else 1.2)
+        axes.set_xticks(range(len(ordered)), [r.shape for r in ordered], rotation=60, ha="right", fontsize=8)
+        axes.set_yscale("log")
+        axes.axhline(1, color="grey", linewidth=0.8)
+        axes.set_ylabel("time / floor")
+        axes.set_title(regime)
+        axes.grid(alpha=0.3, which="both")
+        axes.legend()
+    figure.suptitle(f"MLA decode in bf16 on one {torch.cuda.get_device_name()}")
+    figure.tight_layout()
+    figure.savefig(path)

@@ -1,0 +1,62 @@
+"""The decode steps that are measured, and the time that no kernel can beat."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+
+LATENT, HEAD_DIM = 512, 576
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A decode step: `seq_lens` cached tokens per request, each with `queries` query tokens of `heads` heads."""
+
+    name: str
+    heads: int
+    queries: int
+    seq_lens: tuple[int, ...]
+
+    @property
+    def bytes(self) -> int:
+        """Bytes that must move at least: every cached token once, queries in, outputs out, in 16 bits."""
+        rows = len(self.seq_lens) * self.queries * self.heads
+        return 2 * (sum(self.seq_lens) * HEAD_DIM + rows * (HEAD_DIM + LATENT))
+
+    @property
+    def flops(self) -> int:
+        """Products and sums of the scores and of the output, without a causal mask."""
+        return 2 * sum(self.seq_lens) * self.queries * self.heads * (HEAD_DIM + LATENT)
+
+    def floor(self, bytes_per_second: float, flops_per_second: float) -> float:
+        """Seconds that the machine needs at least, at the rates that were measured on it."""
+        return max(self.bytes / bytes_per_second, self.flops / flops_per_second)
+
+
+def uniform(heads: int, queries: int, requests: int, length: int) -> Shape:
+    name = f"{heads} heads, {queries} x {requests} x {length}"
+    return Shape(name, heads, queries, (length,) * requests)
+
+
+def mixed(heads: int, requests: int, mean: int) -> Shape:
+    """Lengths of a normal distribution, with half the mean as its deviation; the same ones in every run."""
+    rng = random.Random(mean)
+    lengths = tuple(max(1, round(rng.gauss(mean, mean / 2))) for _ in range(requests))
+    return Shape(f"{heads} heads, 1 x {requests} x ~{mean}", heads, 1, lengths)
+
+
+FEW_HEADS = ((1, 4096), (1, 32768), (8, 4096), (32, 4096), (64, 8192), (16, 32768), (1, 131072))
+
+DEFAULT = (
+    *(
+        uniform(16, 1, *rest)
+        for rest in ((1, 4096), (1, 32768), (8, 4096), (32, 4096), (64, 8192), (16, 32768), (1, 131072))
+    ),
+    *(uniform(64, 1, *rest) for rest in ((8, 4096), (64, 8192))),
+    *(uniform(128, 1, *rest) for rest in ((1, 4096), (8, 4096), (32, 4096), (64, 8192), (16, 32768))),
+    uniform(16, 4, 64, 8192),
+    uniform(128, 2, 64, 8192),
+    uniform(128, 4, 64, 8192),
+    *(mixed(heads, 128, mean) for heads in (16, 128) for mean in (4096, 16384)),
+    Shape("16 heads, 4 x 4 uneven", 16, 4, (4641, 45118, 1730, 1696)),
+)

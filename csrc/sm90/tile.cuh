@@ -138,11 +138,12 @@ __device__ void run_roles(const DecodeParams& params, const CUtensorMap* map, in
     ptx::fence_mbarrier_init();
   }
   __syncthreads();
+  // Together at most what the block was started with (168 for each of 384 threads), or the increase waits for ever.
   if (threadIdx.x >= kMathThreads) {
-    ptx::setmaxnreg_dec<32>();
+    ptx::setmaxnreg_dec<40>();
     if (threadIdx.x < kMathThreads + 32) produce<Element>(params, map, shared);
   } else {
-    ptx::setmaxnreg_inc<240>();
+    ptx::setmaxnreg_inc<232>();
     consume(shared);
   }
 }

@@ -57,9 +57,11 @@ void mla_decode(const Tensor& q_nope, const Tensor& q_pe, const Tensor& kv_cache
   STD_TORCH_CHECK(page_size == 16 || page_size == 32 || page_size % kTileTokens == 0,
                   "mla_decode: kv_cache has pages of ", page_size,
                   " tokens, wanted 16, 32, 64 or a multiple of 64 on a GPU");
-  STD_TORCH_CHECK(reinterpret_cast<uintptr_t>(kv_cache.const_data_ptr()) % 16 == 0 && kv_cache.stride(0) % 8 == 0,
-                  "mla_decode: the pages of kv_cache must start at multiples of 16 bytes, but it starts at ",
-                  kv_cache.const_data_ptr(), " and has a stride of ", kv_cache.stride(0), " elements between pages");
+  STD_TORCH_CHECK(reinterpret_cast<uintptr_t>(kv_cache.const_data_ptr()) % 16 == 0 && kv_cache.stride(0) % 8 == 0 &&
+                      kv_cache.stride(1) % 8 == 0,
+                  "mla_decode: every token of kv_cache must start at a multiple of 16 bytes, but it starts at ",
+                  kv_cache.const_data_ptr(), " and has strides of ", kv_cache.stride(0), " and ", kv_cache.stride(1),
+                  " elements");
 
   const int device = q_nope.get_device_index();
   const torch::stable::accelerator::DeviceGuard guard(device);
@@ -92,7 +94,7 @@ void mla_decode(const Tensor& q_nope, const Tensor& q_pe, const Tensor& kv_cache
   params.partial_out = static_cast<float*>(partial_out.mutable_data_ptr());
   params.partial_lse = static_cast<float*>(partial_lse.mutable_data_ptr());
 
-  const Cache cache = {kv_cache.const_data_ptr(), kv_cache.size(0), kv_cache.stride(0)};
+  const Cache cache = {kv_cache.const_data_ptr(), kv_cache.size(0), kv_cache.stride(0), kv_cache.stride(1)};
   const auto element = type == ScalarType::BFloat16 ? ElementType::kBFloat16 : ElementType::kFloat16;
   const auto problem = launch_decode(params, cache, element, current_stream(device));
   STD_TORCH_CHECK(problem.empty(), "mla_decode: ", problem);

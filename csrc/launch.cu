@@ -28,7 +28,7 @@ PFN_cuTensorMapEncodeTiled_v12000 tensor_map_encoder() {
 template <typename Element>
 std::string encode_cache(const Cache& cache, int page_size, CUtensorMapDataType type, CUtensorMap* map) {
   const cuuint64_t sizes[] = {kHeadDim, static_cast<cuuint64_t>(page_size), static_cast<cuuint64_t>(cache.pages)};
-  const cuuint64_t strides[] = {kHeadDim * sizeof(Element), cache.page_stride * sizeof(Element)};
+  const cuuint64_t strides[] = {cache.token_stride * sizeof(Element), cache.page_stride * sizeof(Element)};
   const cuuint32_t box[] = {64, static_cast<cuuint32_t>(page_size < kTileTokens ? page_size : kTileTokens), 1};
   const cuuint32_t steps[] = {1, 1, 1};
   const auto encode = tensor_map_encoder();

@@ -12,10 +12,10 @@ namespace mla_backend {
 
 enum class ElementType { kBFloat16, kFloat16 };
 
-// The latent cache [pages, page_size, 576]; only the stride between pages is free.
+// The latent cache [pages, page_size, 576], contiguous in the last dimension; strides count elements.
 struct Cache {
   const void* data;
-  int64_t pages, page_stride;
+  int64_t pages, page_stride, token_stride;
 };
 
 // Launch one decode call. Returns an empty string, or what went wrong.

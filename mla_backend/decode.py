@@ -76,9 +76,9 @@ def mla_decode(
     Args:
         q_nope: [tokens, heads, 512] queries after absorption of W_UK; bf16, fp16 or fp32; 1 to 128 heads.
         q_pe: [tokens, heads, 64] rotary part of the queries, of the same dtype.
-        kv_cache: [pages, page_size, 576] latent cache, 512 latent numbers and then 64 rotary ones per token; any stride
-            between pages. Of the queries' dtype, or float8_e4m3fn with `kv_scale`. The page size is 1 or a
-            multiple of 16.
+        kv_cache: [pages, page_size, 576] latent cache, 512 latent numbers and then 64 rotary ones per token; any
+            strides with a contiguous last dimension. Of the queries' dtype, or float8_e4m3fn with `kv_scale`. The page
+            size is 1 or a multiple of 16.
         block_table: [requests, max_pages] int32 page numbers.
         seq_lens: [requests] int32 cached tokens per request, this step's included; 0 is allowed.
         query_start_loc: [requests + 1] int32; request r owns rows query_start_loc[r]:query_start_loc[r + 1].
@@ -147,10 +147,9 @@ def _check(
         _wrong_shape("kv_cache", kv_cache, f"[pages, page_size, {HEAD_DIM}]")
     if kv_cache.shape[1] != 1 and (kv_cache.shape[1] % 16 or kv_cache.shape[1] == 0):
         _wrong_shape("kv_cache", kv_cache, f"[pages, 1 or a multiple of 16, {HEAD_DIM}]")
-    if kv_cache.stride(2) != 1 or (kv_cache.shape[1] > 1 and kv_cache.stride(1) != HEAD_DIM):
+    if kv_cache.stride(2) != 1:
         raise ValueError(
-            f"mla_decode: kv_cache has strides {kv_cache.stride()}, but only the stride between pages may differ from "
-            f"a contiguous tensor's; call .contiguous() on it."
+            f"mla_decode: kv_cache has strides {kv_cache.stride()}, but its last dimension must be contiguous."
         )
     if seq_lens.ndim != 1:
         _wrong_shape("seq_lens", seq_lens, "[requests]")

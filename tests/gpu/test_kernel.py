@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from mla_backend import DecodeSchedule, mla_decode
+from mla_backend.flash_mla import flash_mla_with_kvcache, get_mla_metadata
 from mla_backend.operators import has_compiled_kernels
 from mla_backend.reference import mla_decode_reference
 
@@ -35,6 +36,7 @@ class Step:
     deviation: float = 0.1
     padding_rows: int = 0
     page_padding: int = 0
+    token_padding: int = 0
     query_padding: int = 0
     seed: int = 0
 
@@ -47,8 +49,9 @@ class Step:
 
         pages_of = [-(-length // self.page_size) for length in self.seq_lens]
         total = sum(pages_of) + 2
-        storage = normal(total, self.page_size * 576 + self.page_padding)
-        cache = storage[:, : self.page_size * 576].unflatten(1, (self.page_size, 576))
+        width = 576 + self.token_padding
+        storage = normal(total, self.page_size * width + self.page_padding)
+        cache = storage[:, : self.page_size * width].unflatten(1, (self.page_size, width))[..., :576]
         numbers = torch.randperm(total, device="cuda", generator=generator, dtype=torch.int32)
         table = torch.full((len(pages_of), max(pages_of, default=0) + 3), 2**31 - 1, dtype=torch.int32, device="cuda")
         first = 0
@@ -131,6 +134,7 @@ def random_step(seed: int) -> Step:
         deviation=rng.choice([0.1, 0.1, 1.0, 5.0]),
         padding_rows=rng.choice([0, 0, 3]),
         page_padding=rng.choice([0, 64, 8]),
+        token_padding=rng.choice([0, 0, 8, 576]),
         query_padding=rng.choice([0, 0, 8, 1]),
         seed=seed,
     )
@@ -181,5 +185,19 @@ def test_what_the_kernel_cannot_take_is_named() -> None:
     with pytest.raises(RuntimeError, match="kv_cache has pages of 1 tokens, wanted 16, 32, 64 or a multiple of 64"):
         mla_decode(**{**arguments, "kv_cache": single})
     odd = torch.zeros(4, 64 * 576 + 4, dtype=torch.bfloat16, device="cuda")[:, : 64 * 576].unflatten(1, (64, 576))
-    with pytest.raises(RuntimeError, match="the pages of kv_cache must start at multiples of 16 bytes"):
+    with pytest.raises(RuntimeError, match="every token of kv_cache must start at a multiple of 16 bytes"):
         mla_decode(**{**arguments, "kv_cache": odd})
+
+
+def test_flash_mla_drop_in_with_two_key_heads() -> None:
+    lengths = torch.tensor([300, 0, 77], dtype=torch.int32, device="cuda")
+    table = torch.randperm(15, device="cuda", dtype=torch.int32).view(3, 5)
+    q = torch.randn(3, 2, 32, 576, device="cuda", dtype=torch.bfloat16) * 0.1
+    k = torch.randn(15, 64, 2, 576, device="cuda", dtype=torch.bfloat16) * 0.1
+    plan = get_mla_metadata(lengths, 32, 2)
+    out, lse = flash_mla_with_kvcache(q, k, table, lengths, 512, *plan, causal=True)
+    on_cpu = [t.cpu() for t in (q.float(), k.float(), table, lengths)]
+    plan = get_mla_metadata(on_cpu[3], 32, 2)
+    expected, expected_lse = flash_mla_with_kvcache(*on_cpu, 512, *plan, causal=True)
+    torch.testing.assert_close(out.cpu().float(), expected, rtol=1 / 64, atol=8e-4)
+    torch.testing.assert_close(lse.cpu(), expected_lse, rtol=1.3e-4, atol=1e-5)

@@ -120,6 +120,7 @@ def measure(shape: Shape, names: Iterable[str], machine: dict[str, float], stopw
     row = Row(shape.name, shape.heads, shape.heads * shape.queries, floor)
     expected = reference(step)
     graphs = {}
+    calls: list[Call] = []  # they own the memory that the graphs use
     for name in names:
         row.timings[name] = Timing()
         try:
@@ -128,6 +129,7 @@ def measure(shape: Shape, names: Iterable[str], machine: dict[str, float], stopw
             if not error < TOLERANCE:
                 raise ArithmeticError(f"its output is off by {error:.3f} of the norm")
             graphs[name] = capture(call)
+            calls.append(call)
         except Exception as problem:  # a peer that cannot take a shape is a result, and any kind of error may say so
             torch.cuda.synchronize()
             row.timings[name].failure = f"{type(problem).__name__}: {problem}"[:200]

@@ -7,6 +7,7 @@ The schemas are defined here; whichever implementations exist are registered und
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -29,39 +30,9 @@ _library.define("plan(Tensor seq_lens, Tensor(a!) request_tiles) -> ()", tags=(t
 
 
 @torch.library.impl(_library, "mla_decode", "CompositeExplicitAutograd")
-def _mla_decode(
-    q_nope: torch.Tensor,
-    q_pe: torch.Tensor,
-    kv_cache: torch.Tensor,
-    block_table: torch.Tensor,
-    seq_lens: torch.Tensor,
-    query_start_loc: torch.Tensor,
-    request_tiles: torch.Tensor,
-    partial_out: torch.Tensor,
-    partial_lse: torch.Tensor,
-    max_query_len: int,
-    max_seq_len: int,
-    softmax_scale: float,
-    causal: bool,
-    kv_scale: torch.Tensor | None,
-    out: torch.Tensor,
-    lse: torch.Tensor | None,
-) -> None:
-    mla_decode_reference(
-        q_nope,
-        q_pe,
-        kv_cache,
-        block_table,
-        seq_lens,
-        query_start_loc,
-        max_query_len,
-        max_seq_len,
-        softmax_scale,
-        causal,
-        kv_scale,
-        out,
-        lse,
-    )
+def _mla_decode(*arguments: Any) -> None:
+    # The reference is not divided among workers: it takes all but request_tiles, partial_out and partial_lse.
+    mla_decode_reference(*arguments[:6], *arguments[9:])
 
 
 @torch.library.impl(_library, "plan", "CompositeExplicitAutograd")

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import functools
 import importlib.util
 from typing import Any
 
 import pytest
 import torch
 
-from engine import MODEL, Run, run_engine
+from engine import Run, run_engine
 from mla_backend import has_compiled_kernels
-from prompts import demonstration_prompts
+from tiny import greedy, mean_difference, tokenized
 
 pytestmark = pytest.mark.skipif(
     not (torch.cuda.is_available() and has_compiled_kernels() and importlib.util.find_spec("vllm")),
@@ -23,30 +22,10 @@ OURS = {"VLLM_ATTENTION_BACKEND": "HOPPER_MLA"}
 GRAPHS = {"enforce_eager": False, "compilation_config": {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY"}}
 
 
-@functools.cache
-def tokenized(characters: int) -> list[list[int]]:
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(MODEL)
-    return [tokenizer(prompt)["input_ids"] for prompt in demonstration_prompts(8, characters)]
-
-
-@functools.cache
-def transformers_model() -> Any:
-    from transformers import AutoModelForCausalLM
-
-    return AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32).eval()
-
-
 def agreement(run: Run) -> float:
     """Return how many of 64 tokens are transformers' in fp32, on average over the prompts."""
-    exactly = {"max_new_tokens": 64, "min_new_tokens": 64, "do_sample": False}
-    total = 0
-    for prompt, tokens in zip(tokenized(200), run.tokens, strict=True):
-        ids = torch.tensor([prompt])
-        out = transformers_model().generate(ids, attention_mask=torch.ones_like(ids), **exactly)[0, len(prompt) :]
-        total += int((out == torch.tensor(tokens)).sum())
-    return total / len(run.tokens)
+    pairs = zip(greedy(tokenized(200), 64), run.tokens, strict=True)
+    return sum(a == b for expected, tokens in pairs for a, b in zip(expected, tokens, strict=True)) / len(run.tokens)
 
 
 def generate(env: dict[str, Any], **llm: Any) -> Run:
@@ -83,13 +62,7 @@ def test_logprobs_are_as_close_as_with_flashmla(capsys: pytest.CaptureFixture[st
         env = OURS if name == "HOPPER_MLA" else {}
         other = {} if name == "HOPPER_MLA" else {"attention_config": {"backend": name}}
         run = run_engine(prompts, ask, env=env, dtype="bfloat16", **steps, **other)
-        parts = []
-        for prompt, logprobs in zip(prompts, run.prompt_logprobs, strict=True):
-            with torch.no_grad():
-                expected = transformers_model()(torch.tensor([prompt])).logits[0, :-1].log_softmax(-1)
-            picked = expected.gather(1, torch.tensor(prompt[1:])[:, None])[:, 0]
-            parts.append((picked - torch.tensor(logprobs)).abs())
-        differences[name] = float(torch.cat(parts).mean())
+        differences[name] = mean_difference(run, prompts, torch.float32)
     with capsys.disabled():
         print(f"\nmean |log-probability - transformers' in fp32|: {differences}")
     assert differences["HOPPER_MLA"] < 1.2 * differences["FLASHMLA"]

@@ -2,34 +2,15 @@
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable
-from typing import Any
-
 import pytest
 import torch
 
-from engine import MODEL, Run, run_engine
-from prompts import demonstration_prompts
+from engine import Run, run_engine
+from tiny import greedy, mean_difference, tokenized
 
 GREEDY = {"max_tokens": 64, "ignore_eos": True, "detokenize": False}
 BY_VARIABLE = {"VLLM_ATTENTION_BACKEND": "HOPPER_MLA"}
 IN_ONE_PROCESS = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
-
-
-@functools.cache
-def tokenized(characters: int) -> list[list[int]]:
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(MODEL)
-    return [tokenizer(prompt)["input_ids"] for prompt in demonstration_prompts(8, characters)]
-
-
-@functools.cache
-def transformers_model(dtype: torch.dtype) -> Any:
-    from transformers import AutoModelForCausalLM
-
-    return AutoModelForCausalLM.from_pretrained(MODEL, dtype=dtype).eval()
 
 
 @pytest.fixture(scope="module")
@@ -45,29 +26,9 @@ def roomy() -> Run:
     )
 
 
-Greedy = Callable[[list[list[int]], int], list[list[int]]]
-
-
-@pytest.fixture(scope="module")
-def greedy_of() -> Greedy:
-    """Greedy continuations by transformers, in fp32."""
-
-    def generate(prompts: list[list[int]], count: int) -> list[list[int]]:
-        model = transformers_model(torch.float32)
-        exactly = {"max_new_tokens": count, "min_new_tokens": count, "do_sample": False}
-        continuations = []
-        for prompt in prompts:
-            ids = torch.tensor([prompt])
-            out = model.generate(ids, attention_mask=torch.ones_like(ids), **exactly)
-            continuations.append(out[0, len(prompt) :].tolist())
-        return continuations
-
-    return generate
-
-
-def test_greedy_tokens_are_those_of_transformers(roomy: Run, greedy_of: Greedy) -> None:
+def test_greedy_tokens_are_those_of_transformers(roomy: Run) -> None:
     assert [len(tokens) for tokens in roomy.tokens] == [64] * 8
-    assert roomy.tokens == greedy_of(tokenized(200), 64)
+    assert roomy.tokens == greedy(tokenized(200), 64)
 
 
 def test_the_log_names_the_backend_and_what_computes_it(roomy: Run) -> None:
@@ -100,7 +61,7 @@ def test_preemption_prefix_caching_and_chunked_prefill_change_no_token(roomy: Ru
     assert tight.tokens == [tokens for tokens in roomy.tokens for _ in range(2)]
 
 
-def test_long_prompts(greedy_of: Greedy) -> None:
+def test_long_prompts() -> None:
     """Over the length up to which prefills go the decode way: vLLM's prefill, with context from the cache."""
     prompts = tokenized(2400)[:4]
     assert min(len(prompt) for prompt in prompts) > 400
@@ -113,7 +74,7 @@ def test_long_prompts(greedy_of: Greedy) -> None:
             max_num_batched_tokens=tokens_per_step,
             max_num_seqs=4,
         )
-        assert run.tokens == greedy_of(prompts, 16)
+        assert run.tokens == greedy(prompts, 16)
 
 
 def test_speculative_queries_of_mixed_lengths(roomy: Run) -> None:
@@ -129,18 +90,6 @@ def test_speculative_queries_of_mixed_lengths(roomy: Run) -> None:
     assert speculative.tokens == roomy.tokens
 
 
-def mean_difference(run: Run, prompts: list[list[int]]) -> float:
-    """Return the mean absolute difference from transformers' bf16 log-probabilities of the prompts' tokens."""
-    model = transformers_model(torch.bfloat16)
-    differences = []
-    for prompt, logprobs in zip(prompts, run.prompt_logprobs, strict=True):
-        with torch.no_grad():
-            expected = model(torch.tensor([prompt])).logits[0, :-1].float().log_softmax(-1)
-        picked = expected.gather(1, torch.tensor(prompt[1:])[:, None])[:, 0]
-        differences.append((picked - torch.tensor(logprobs)).abs())
-    return float(torch.cat(differences).mean())
-
-
 def test_teacher_forced_logprobs_in_bf16(capsys: pytest.CaptureFixture[str]) -> None:
     prompts = tokenized(1500)
     assert min(len(prompt) for prompt in prompts) >= 300
@@ -152,7 +101,7 @@ def test_teacher_forced_logprobs_in_bf16(capsys: pytest.CaptureFixture[str]) -> 
     vllms = run_engine(prompts, ask, **settings, compilation_config={"custom_ops": ["-rotary_embedding"]})
     assert "Using HOPPER_MLA attention backend" in ours.log
     assert "HOPPER_MLA attention backend" not in vllms.log
-    difference, vllms_difference = mean_difference(ours, prompts), mean_difference(vllms, prompts)
+    difference, vllms_difference = (mean_difference(run, prompts, torch.bfloat16) for run in (ours, vllms))
     with capsys.disabled():
         print(f"\nmean |log-probability - transformers'|: ours {difference:.5f}, vLLM's {vllms_difference:.5f}")
     assert difference < 0.02

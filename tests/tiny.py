@@ -1,0 +1,49 @@
+"""The tiny model as transformers computes it: what engines are compared with."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+
+from engine import MODEL, Run
+from prompts import demonstration_prompts
+
+
+@functools.cache
+def tokenized(characters: int) -> list[list[int]]:
+    """Return the token ids of 8 demonstration prompts of at least so many characters."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(MODEL)
+    return [tokenizer(prompt)["input_ids"] for prompt in demonstration_prompts(8, characters)]
+
+
+@functools.cache
+def model(dtype: torch.dtype) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(MODEL, dtype=dtype).eval()
+
+
+def greedy(prompts: list[list[int]], count: int) -> list[list[int]]:
+    """Return the greedy continuations of exactly `count` tokens, in fp32."""
+    exactly = {"max_new_tokens": count, "min_new_tokens": count, "do_sample": False}
+    continuations = []
+    for prompt in prompts:
+        ids = torch.tensor([prompt])
+        out = model(torch.float32).generate(ids, attention_mask=torch.ones_like(ids), **exactly)
+        continuations.append(out[0, len(prompt) :].tolist())
+    return continuations
+
+
+def mean_difference(run: Run, prompts: list[list[int]], dtype: torch.dtype) -> float:
+    """Return the mean absolute difference of a run's log-probabilities of the prompts' tokens from the model's."""
+    differences = []
+    for prompt, logprobs in zip(prompts, run.prompt_logprobs, strict=True):
+        with torch.no_grad():
+            expected = model(dtype)(torch.tensor([prompt])).logits[0, :-1].float().log_softmax(-1)
+        picked = expected.gather(1, torch.tensor(prompt[1:])[:, None])[:, 0]
+        differences.append((picked - torch.tensor(logprobs)).abs())
+    return float(torch.cat(differences).mean())

@@ -43,7 +43,8 @@ class HopperMLABackend(MLACommonBackend):
 
     @staticmethod
     def get_supported_kernel_block_sizes(kv_cache_spec: object = None) -> list[int | MultipleOf]:
-        return [MultipleOf(16)]
+        # What the kernels take; vLLM divides pages of other sizes into these.
+        return [16, 32, MultipleOf(64)] if current_platform.is_cuda() else [MultipleOf(16)]
 
     @staticmethod
     def get_kv_cache_stride_order(include_num_layers_dimension: bool = False) -> tuple[int, ...]:

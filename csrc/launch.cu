@@ -98,10 +98,4 @@ std::string launch_plan(const int32_t* seq_lens, int requests, int32_t* request_
   return describe("plan kernel", cudaGetLastError());
 }
 
-int multiprocessors(int device) {
-  int count = 0;
-  cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device);
-  return count;
-}
-
 }  // namespace mla_backend

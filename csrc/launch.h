@@ -24,6 +24,4 @@ std::string launch_decode(const DecodeParams& params, const Cache& cache, Elemen
 // Write the running count of tiles, request_tiles [requests + 1], of seq_lens [requests].
 std::string launch_plan(const int32_t* seq_lens, int requests, int32_t* request_tiles, cudaStream_t stream);
 
-int multiprocessors(int device);
-
 }  // namespace mla_backend

@@ -6,15 +6,9 @@ from typing import Literal, overload
 
 import torch
 
+from mla_backend.dimensions import HEAD_DIM, KV_LORA_RANK, QK_ROPE_HEAD_DIM
 from mla_backend.schedule import DecodeSchedule
 
-KV_LORA_RANK = 512
-"""Latent numbers of a cached token: keys and, at the same time, values."""
-
-QK_ROPE_HEAD_DIM = 64
-"""Rotary numbers of a cached token: keys only."""
-
-HEAD_DIM = KV_LORA_RANK + QK_ROPE_HEAD_DIM
 MAX_HEADS = 128
 QUERY_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 QUANTIZED_DTYPE = torch.float8_e4m3fn

@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import torch
 
-from mla_backend.decode import HEAD_DIM, KV_LORA_RANK, mla_decode
+from mla_backend.decode import mla_decode
+from mla_backend.dimensions import HEAD_DIM, KV_LORA_RANK
 from mla_backend.schedule import DecodeSchedule, ScheduleBuffers
 
 METADATA_COLUMNS = 8
@@ -77,11 +78,12 @@ def flash_mla_with_kvcache(
         )
     buffers = ScheduleBuffers.allocate(0, q.device)
     schedule = DecodeSchedule(num_splits, buffers, queries, block_table.shape[1] * k_cache.shape[1])
-    starts = torch.arange(0, batch * queries + 1, queries or 1, dtype=torch.int32, device=q.device)[: batch + 1]
+    starts = torch.arange(batch + 1, dtype=torch.int32, device=q.device) * queries
     out = q.new_empty(batch, queries, heads, KV_LORA_RANK)
     lse = q.new_empty(batch, queries, heads, dtype=torch.float32)
-    for head_k, part in enumerate(torch.arange(heads).chunk(heads_k)):
-        mine = slice(int(part[0]), int(part[-1]) + 1)
+    group = heads // heads_k
+    for head_k in range(heads_k):
+        mine = slice(head_k * group, (head_k + 1) * group)
         rows = q[:, :, mine].flatten(0, 1)
         _, lse_part = mla_decode(
             rows[..., :KV_LORA_RANK],

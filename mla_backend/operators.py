@@ -11,10 +11,8 @@ from typing import Any
 
 import torch
 
+from mla_backend.dimensions import TILE_TOKENS
 from mla_backend.reference import mla_decode_reference
-
-TILE_TOKENS = 64
-"""Cached tokens that a worker handles at a time: the unit in which requests are split. As in csrc/decode.h."""
 
 LIBRARY = Path(__file__).parent / "_kernels.so"
 

@@ -11,6 +11,8 @@ from collections.abc import Iterator
 
 import torch
 
+from mla_backend.dimensions import HEAD_DIM
+
 CHUNK_TOKENS = 1024
 """Cached tokens of a request that are expanded to fp32 at a time."""
 
@@ -84,7 +86,7 @@ def _groups(
         by_length = {n: everyone[query_lens == n] for n in sorted(set(query_lens.tolist())) if n > 0}
     for length, members in by_length.items():
         width = min(length, max(1, CHUNK_ROWS // heads))
-        elements = CHUNK_TOKENS * 576 + width * heads * (CHUNK_TOKENS + 2 * 576)
+        elements = CHUNK_TOKENS * HEAD_DIM + width * heads * (CHUNK_TOKENS + 2 * HEAD_DIM)
         for group in members.split(max(1, CHUNK_ELEMENTS // elements)):
             for first in range(0, length, width):
                 yield group, range(first, min(first + width, length))

@@ -6,10 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from mla_backend.operators import TILE_TOKENS as TILE_TOKENS
-
-BLOCK_ROWS = 64
-"""Query rows (token and head) that a worker handles at a time. As in csrc/decode.h."""
+from mla_backend.dimensions import BLOCK_ROWS, KV_LORA_RANK
 
 
 @dataclass(frozen=True)
@@ -32,7 +29,7 @@ class ScheduleBuffers:
         workers = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 0
         return cls(
             request_tiles=torch.zeros(max_requests + 1, dtype=torch.int32, device=device),
-            partial_out=torch.empty(workers, 2, BLOCK_ROWS, 512, dtype=torch.float32, device=device),
+            partial_out=torch.empty(workers, 2, BLOCK_ROWS, KV_LORA_RANK, dtype=torch.float32, device=device),
             partial_lse=torch.empty(workers, 2, BLOCK_ROWS, dtype=torch.float32, device=device),
         )
 

@@ -9,7 +9,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mla_backend.schedule import TILE_TOKENS, DecodeSchedule, ScheduleBuffers
+from mla_backend.dimensions import TILE_TOKENS
+from mla_backend.schedule import DecodeSchedule, ScheduleBuffers
 
 
 def plan(seq_lens: list[int], buffers: ScheduleBuffers | None = None) -> DecodeSchedule:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 
 import torch
 
@@ -34,9 +34,6 @@ class Row:
     query_rows: int
     floor: float
     timings: dict[str, Timing] = field(default_factory=dict)
-
-    def as_json(self) -> dict[str, object]:
-        return asdict(self)
 
 
 def make_step(shape: Shape, seed: int = 0) -> Step:

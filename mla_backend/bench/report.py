@@ -6,6 +6,7 @@ import json
 import math
 import platform
 import subprocess
+from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -52,7 +53,7 @@ def write_json(path: Path, rows: list[Row], machine: dict[str, float]) -> None:
         "commit": commit,
         "ceilings": machine,
     }
-    path.write_text(json.dumps({"about": about, "rows": [row.as_json() for row in rows]}, indent=1) + "\n")
+    path.write_text(json.dumps({"about": about, "rows": [asdict(row) for row in rows]}, indent=1) + "\n")
 
 
 def draw(path: Path, rows: list[Row]) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from dataclasses import dataclass
 
-LATENT, HEAD_DIM = 512, 576
+from mla_backend.dimensions import HEAD_DIM, KV_LORA_RANK
 
 
 @dataclass(frozen=True)
@@ -21,12 +21,12 @@ class Shape:
     def bytes(self) -> int:
         """Bytes that must move at least: every cached token once, queries in, outputs out, in 16 bits."""
         rows = len(self.seq_lens) * self.queries * self.heads
-        return 2 * (sum(self.seq_lens) * HEAD_DIM + rows * (HEAD_DIM + LATENT))
+        return 2 * (sum(self.seq_lens) * HEAD_DIM + rows * (HEAD_DIM + KV_LORA_RANK))
 
     @property
     def flops(self) -> int:
         """Products and sums of the scores and of the output, without a causal mask."""
-        return 2 * sum(self.seq_lens) * self.queries * self.heads * (HEAD_DIM + LATENT)
+        return 2 * sum(self.seq_lens) * self.queries * self.heads * (HEAD_DIM + KV_LORA_RANK)
 
     def floor(self, bytes_per_second: float, flops_per_second: float) -> float:
         """Seconds that the machine needs at least, at the rates that were measured on it."""
@@ -48,10 +48,7 @@ def mixed(heads: int, requests: int, mean: int) -> Shape:
 FEW_HEADS = ((1, 4096), (1, 32768), (8, 4096), (32, 4096), (64, 8192), (16, 32768), (1, 131072))
 
 DEFAULT = (
-    *(
-        uniform(16, 1, *rest)
-        for rest in ((1, 4096), (1, 32768), (8, 4096), (32, 4096), (64, 8192), (16, 32768), (1, 131072))
-    ),
+    *(uniform(16, 1, *rest) for rest in FEW_HEADS),
     *(uniform(64, 1, *rest) for rest in ((8, 4096), (64, 8192))),
     *(uniform(128, 1, *rest) for rest in ((1, 4096), (8, 4096), (32, 4096), (64, 8192), (16, 32768))),
     uniform(16, 4, 64, 8192),

@@ -12,6 +12,7 @@ from vllm.platforms.interface import DeviceCapability
 from vllm.v1.attention.backend import MultipleOf
 
 import mla_backend
+from mla_backend.dimensions import HEAD_DIM, KV_LORA_RANK, QK_ROPE_HEAD_DIM
 from mla_backend.plugin import releases
 from mla_backend.plugin.impl import HopperMLAImpl
 from mla_backend.plugin.metadata import HopperMLAMetadataBuilder
@@ -39,7 +40,7 @@ class HopperMLABackend(MLACommonBackend):
 
     @classmethod
     def get_supported_head_sizes(cls) -> list[int]:
-        return [mla_backend.KV_LORA_RANK + mla_backend.QK_ROPE_HEAD_DIM]
+        return [HEAD_DIM]
 
     @staticmethod
     def get_supported_kernel_block_sizes(kv_cache_spec: object = None) -> list[int | MultipleOf]:
@@ -91,11 +92,10 @@ class HopperMLABackend(MLACommonBackend):
     @classmethod
     def describe_support(cls) -> str:
         """Say in words what the backend serves on this platform."""
-        dtypes = [str(dtype).removeprefix("torch.") for dtype in (*cls.supported_dtypes, torch.float32)]
+        dtypes = [dtype for dtype in (*cls.supported_dtypes, torch.float32) if cls.supports_dtype(dtype)]
         return (
-            f"dense MLA decoders with head_size {cls.get_supported_head_sizes()[0]} "
-            f"({mla_backend.KV_LORA_RANK} latent + {mla_backend.QK_ROPE_HEAD_DIM} rotary), dtype "
-            f"{', '.join(name for name in dtypes if cls.supports_dtype(getattr(torch, name)))}, kv_cache_dtype "
+            f"dense MLA decoders with head_size {HEAD_DIM} ({KV_LORA_RANK} latent + {QK_ROPE_HEAD_DIM} rotary), dtype "
+            f"{', '.join(str(dtype).removeprefix('torch.') for dtype in dtypes)}, kv_cache_dtype "
             f"{', '.join(cls.supported_kv_cache_dtypes)}, block_size a multiple of 16, a Hopper GPU (compute "
             f"capability {HOPPER.major}.{HOPPER.minor}) or the CPU"
         )

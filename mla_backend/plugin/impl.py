@@ -8,7 +8,8 @@ import torch
 from vllm.model_executor.layers.attention.mla_attention import MLACommonImpl
 from vllm.v1.attention.backend import AttentionLayer, AttentionType
 
-from mla_backend.decode import KV_LORA_RANK, QK_ROPE_HEAD_DIM, mla_decode
+from mla_backend.decode import mla_decode
+from mla_backend.dimensions import KV_LORA_RANK, QK_ROPE_HEAD_DIM
 from mla_backend.plugin.metadata import HopperMLAMetadata
 
 

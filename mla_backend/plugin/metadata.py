@@ -16,7 +16,6 @@ from vllm.model_executor.layers.attention.mla_attention import (
 from vllm.v1.attention.backend import AttentionCGSupport
 from vllm.v1.kv_cache_interface import AttentionSpec
 
-from mla_backend.operators import has_compiled_kernels
 from mla_backend.schedule import DecodeSchedule, ScheduleBuffers
 
 
@@ -39,11 +38,6 @@ class HopperMLAMetadataBuilder(MLACommonMetadataBuilder[HopperMLAMetadata]):
     query_len_support: ClassVar[QueryLenSupport] = QueryLenSupport.VARLEN
     # Prefills of up to 128 tokens go the decode way: they share one launch with the decodes.
     reorder_batch_threshold: int = 128
-
-    @classmethod
-    def get_cudagraph_support(cls, vllm_config: VllmConfig, kv_cache_spec: Any) -> AttentionCGSupport:
-        # The reference works through the longest length there is, which a graph would do at every step.
-        return cls._cudagraph_support if has_compiled_kernels() else AttentionCGSupport.NEVER
 
     def __init__(
         self, kv_cache_spec: AttentionSpec, layer_names: list[str], vllm_config: VllmConfig, device: torch.device

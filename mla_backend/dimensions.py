@@ -1,0 +1,15 @@
+"""The sizes that the operation, its schedule and its kernels agree on. As in csrc/decode.h."""
+
+KV_LORA_RANK = 512
+"""Latent numbers of a cached token: keys and, at the same time, values."""
+
+QK_ROPE_HEAD_DIM = 64
+"""Rotary numbers of a cached token: keys only."""
+
+HEAD_DIM = KV_LORA_RANK + QK_ROPE_HEAD_DIM
+
+TILE_TOKENS = 64
+"""Cached tokens that a worker handles at a time: the unit in which requests are split."""
+
+BLOCK_ROWS = 64
+"""Query rows (token and head) that a worker handles at a time."""

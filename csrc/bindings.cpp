@@ -8,7 +8,6 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/util/Exception.h>
 
-#include <algorithm>
 #include <optional>
 
 #include "launch.h"
@@ -37,10 +36,8 @@ bool starts_at_16_bytes(const Tensor& t) {
 void plan(const Tensor& seq_lens, Tensor& request_tiles) {
   const int device = seq_lens.get_device_index();
   const torch::stable::accelerator::DeviceGuard guard(device);
-  const auto problem = launch_plan(static_cast<const int32_t*>(seq_lens.const_data_ptr()),
-                                   static_cast<int>(seq_lens.size(0)),
-                                   static_cast<int32_t*>(request_tiles.mutable_data_ptr()), current_stream(device));
-  STD_TORCH_CHECK(problem.empty(), "mla_decode: ", problem);
+  launch_plan(static_cast<const int32_t*>(seq_lens.const_data_ptr()), static_cast<int>(seq_lens.size(0)),
+              static_cast<int32_t*>(request_tiles.mutable_data_ptr()), current_stream(device));
 }
 
 void mla_decode(const Tensor& q_nope, const Tensor& q_pe, const Tensor& kv_cache, const Tensor& block_table,
@@ -79,8 +76,7 @@ void mla_decode(const Tensor& q_nope, const Tensor& q_pe, const Tensor& kv_cache
   params.tokens = tokens, params.heads = heads;
   params.requests = static_cast<int>(seq_lens.size(0)), params.page_size = static_cast<int>(page_size);
   params.max_rows = static_cast<int>(max_query_len * heads);
-  params.row_blocks = std::max(1, (params.max_rows + kBlockRows - 1) / kBlockRows);
-  params.workers = std::max(1, static_cast<int>(partial_lse.numel()) / (2 * kBlockRows) / params.row_blocks);
+  params.multiprocessors = static_cast<int>(partial_lse.numel()) / (2 * kPartialRows);
   params.causal = causal;
   params.softmax_scale = static_cast<float>(softmax_scale);
   params.out = out.mutable_data_ptr();
@@ -96,8 +92,7 @@ void mla_decode(const Tensor& q_nope, const Tensor& q_pe, const Tensor& kv_cache
 
   const Cache cache = {kv_cache.const_data_ptr(), kv_cache.size(0), kv_cache.stride(0), kv_cache.stride(1)};
   const auto element = type == ScalarType::BFloat16 ? ElementType::kBFloat16 : ElementType::kFloat16;
-  const auto problem = launch_decode(params, cache, element, current_stream(device));
-  STD_TORCH_CHECK(problem.empty(), "mla_decode: ", problem);
+  launch_decode(params, cache, element, current_stream(device));
 }
 
 }  // namespace

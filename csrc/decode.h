@@ -10,7 +10,7 @@ constexpr int kRopeDim = 64;
 constexpr int kHeadDim = kLatentDim + kRopeDim;
 
 constexpr int kTileTokens = 64;  // cached tokens that a thread block handles at a time: the unit of the schedule
-constexpr int kBlockRows = 64;   // query rows (token and head) per thread block: one M of wgmma
+constexpr int kPartialRows = 64;  // query rows (token and head) of a place for partial results
 
 struct DecodeParams {
   // Queries [tokens, heads, 512] and [tokens, heads, 64].
@@ -27,9 +27,11 @@ struct DecodeParams {
   const int32_t* request_tiles;    // [requests + 1], the schedule: running count of tiles
 
   int tokens, heads, requests, page_size;
-  int max_rows;    // query rows (token and head) that a request may have
-  int workers;     // thread blocks that share the tiles, per block of query rows
-  int row_blocks;  // blocks of kBlockRows that these make
+  int max_rows;         // query rows (token and head) that a request may have
+  int multiprocessors;  // that there are places for partial results for
+  // Set with the choice of the kernel: a request's query rows are handled in blocks, and each of them by workers (thread
+  // blocks, or clusters of them) that share the tiles.
+  int block_rows, row_blocks, workers;
   bool causal;
   float softmax_scale;
 
@@ -40,8 +42,8 @@ struct DecodeParams {
   float* lse;  // [tokens, heads] or null
   int64_t lse_token_stride, lse_head_stride;
 
-  // Results of requests that several workers share: [row_blocks, workers, 2, 64, 512] normalised, and the base-2
-  // logarithm of their denominators [row_blocks, workers, 2, 64].
+  // Results of requests that several workers share: [row_blocks, workers, 2, block_rows, 512] normalised, and the base-2
+  // logarithm of their denominators [row_blocks, workers, 2, block_rows]. There is room for [multiprocessors, 2, 64].
   float* partial_out;
   float* partial_lse;
 };

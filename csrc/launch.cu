@@ -2,6 +2,10 @@
 
 #include <cudaTypedefs.h>
 
+#include <algorithm>
+#include <stdexcept>
+#include <string>
+
 #include "sm90/combine.cuh"
 #include "sm90/decode_narrow.cuh"
 #include "sm90/decode_wide.cuh"
@@ -10,8 +14,8 @@
 namespace mla_backend {
 namespace {
 
-std::string describe(const char* what, cudaError_t error) {
-  return error == cudaSuccess ? "" : std::string(what) + ": " + cudaGetErrorString(error);
+void check(const char* what, cudaError_t error) {
+  if (error != cudaSuccess) throw std::runtime_error(std::string(what) + ": " + cudaGetErrorString(error));
 }
 
 // The driver's encoder of tensor maps, found at run time so that the library needs no link to the driver.
@@ -25,32 +29,42 @@ PFN_cuTensorMapEncodeTiled_v12000 tensor_map_encoder() {
   return encoder;
 }
 
+// How the copy engine reads the cache: boxes of `columns` columns and as many tokens as a tile or a page has, laid down in
+// shared memory with the swizzle of that width.
 template <typename Element>
-std::string encode_cache(const Cache& cache, int page_size, CUtensorMapDataType type, CUtensorMap* map) {
+CUtensorMap encode_cache(const Cache& cache, int page_size, CUtensorMapDataType type, int columns) {
   const cuuint64_t sizes[] = {kHeadDim, static_cast<cuuint64_t>(page_size), static_cast<cuuint64_t>(cache.pages)};
   const cuuint64_t strides[] = {cache.token_stride * sizeof(Element), cache.page_stride * sizeof(Element)};
-  const cuuint32_t box[] = {64, static_cast<cuuint32_t>(page_size < kTileTokens ? page_size : kTileTokens), 1};
+  const cuuint32_t box[] = {static_cast<cuuint32_t>(columns), static_cast<cuuint32_t>(std::min(page_size, kTileTokens)), 1};
   const cuuint32_t steps[] = {1, 1, 1};
   const auto encode = tensor_map_encoder();
-  if (encode == nullptr) return "the driver has no cuTensorMapEncodeTiled; it needs CUDA 12 or later";
+  if (encode == nullptr) throw std::runtime_error("the driver has no cuTensorMapEncodeTiled; it needs CUDA 12 or later");
+  CUtensorMap map;
   const CUresult result =
-      encode(map, type, 3, const_cast<void*>(cache.data), sizes, strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
-             CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
-  return result == CUDA_SUCCESS ? "" : "cuTensorMapEncodeTiled failed with " + std::to_string(result);
+      encode(&map, type, 3, const_cast<void*>(cache.data), sizes, strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
+             columns * sizeof(Element) == 128 ? CU_TENSOR_MAP_SWIZZLE_128B : CU_TENSOR_MAP_SWIZZLE_64B,
+             CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  if (result != CUDA_SUCCESS) throw std::runtime_error("cuTensorMapEncodeTiled failed with " + std::to_string(result));
+  return map;
 }
 
-template <typename Shared, typename Kernel>
-std::string decode(Kernel kernel, const DecodeParams& params, const CUtensorMap& map, cudaStream_t stream) {
+// Launch a decode kernel whose workers are clusters of kCluster thread blocks and handle kRows query rows each.
+template <typename Shared, int kRows, int kCluster, typename Kernel, typename... Maps>
+void decode(Kernel kernel, DecodeParams& params, cudaStream_t stream, const Maps&... maps) {
+  params.block_rows = kRows;
+  params.row_blocks = std::max(1, (params.max_rows + kRows - 1) / kRows);
+  params.workers = std::max(1, params.multiprocessors / (params.row_blocks * kCluster));
   constexpr size_t kSharedBytes = sizeof(Shared) + alignof(Shared);
+  static_assert(kSharedBytes <= 227 * 1024);
   // Per device and cheap, so it is simply asked for each time.
-  const auto error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes);
-  if (error != cudaSuccess) return describe("shared memory for the decode kernel", error);
-  kernel<<<dim3(params.workers, params.row_blocks), sm90::kThreads, kSharedBytes, stream>>>(params, map);
-  return describe("decode kernel", cudaGetLastError());
+  check("shared memory for the decode kernel",
+        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes));
+  kernel<<<dim3(params.workers * kCluster, params.row_blocks), sm90::kThreads, kSharedBytes, stream>>>(params, maps...);
+  check("decode kernel", cudaGetLastError());
 }
 
 template <typename Element, typename Shape>
-std::string combine(const DecodeParams& params, cudaStream_t stream) {
+void combine(const DecodeParams& params, cudaStream_t stream) {
   // Its blocks find their work while the decode kernel ends, and wait for its results then.
   cudaLaunchAttribute overlap;
   overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
@@ -61,41 +75,45 @@ std::string combine(const DecodeParams& params, cudaStream_t stream) {
   config.stream = stream;
   config.attrs = &overlap;
   config.numAttrs = 1;
-  return describe("combine kernel", cudaLaunchKernelEx(&config, sm90::combine_kernel<Element, Shape>, params));
+  check("combine kernel", cudaLaunchKernelEx(&config, sm90::combine_kernel<Element, Shape>, params));
 }
 
 template <typename Element>
-std::string launch(const DecodeParams& params, const Cache& cache, CUtensorMapDataType type, cudaStream_t stream) {
-  CUtensorMap map;
-  if (auto wrong = encode_cache<Element>(cache, params.page_size, type, &map); !wrong.empty()) return wrong;
-
-  std::string problem;
+void launch(DecodeParams params, const Cache& cache, CUtensorMapDataType type, cudaStream_t stream) {
+  using namespace sm90;
+  const auto map = encode_cache<Element>(cache, params.page_size, type, 64);
   if (const int rows = params.max_rows; rows <= 16) {
-    problem = decode<sm90::NarrowShared<Element, 16>>(sm90::decode_narrow_kernel<Element, 16>, params, map, stream);
+    decode<NarrowShared<Element, 16>, 16, 1>(decode_narrow_kernel<Element, 16>, params, stream, map);
   } else if (rows <= 32) {
-    problem = decode<sm90::NarrowShared<Element, 32>>(sm90::decode_narrow_kernel<Element, 32>, params, map, stream);
+    decode<NarrowShared<Element, 32>, 32, 1>(decode_narrow_kernel<Element, 32>, params, stream, map);
   } else {
-    problem = decode<sm90::WideShared<Element>>(sm90::decode_wide_kernel<Element>, params, map, stream);
+    const auto rope_map = encode_cache<Element>(cache, params.page_size, type, 32);
+    if (rows <= 64) {
+      decode<WideShared<Element, 64>, 64, 2>(decode_wide_kernel<Element, 64>, params, stream, map, rope_map);
+    } else {
+      decode<WideShared<Element, 128>, 128, 2>(decode_wide_kernel<Element, 128>, params, stream, map, rope_map);
+    }
   }
-  if (!problem.empty()) return problem;
-  if (static_cast<int64_t>(params.tokens) * params.heads >= sm90::kManyRows) {
-    return combine<Element, sm90::CombineManyRows>(params, stream);
+  if (static_cast<int64_t>(params.tokens) * params.heads >= kManyRows) {
+    combine<Element, CombineManyRows>(params, stream);
+  } else {
+    combine<Element, CombineFewRows>(params, stream);
   }
-  return combine<Element, sm90::CombineFewRows>(params, stream);
 }
 
 }  // namespace
 
-std::string launch_decode(const DecodeParams& params, const Cache& cache, ElementType type, cudaStream_t stream) {
+void launch_decode(const DecodeParams& params, const Cache& cache, ElementType type, cudaStream_t stream) {
   if (type == ElementType::kBFloat16) {
-    return launch<__nv_bfloat16>(params, cache, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, stream);
+    launch<__nv_bfloat16>(params, cache, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, stream);
+  } else {
+    launch<__half>(params, cache, CU_TENSOR_MAP_DATA_TYPE_FLOAT16, stream);
   }
-  return launch<__half>(params, cache, CU_TENSOR_MAP_DATA_TYPE_FLOAT16, stream);
 }
 
-std::string launch_plan(const int32_t* seq_lens, int requests, int32_t* request_tiles, cudaStream_t stream) {
+void launch_plan(const int32_t* seq_lens, int requests, int32_t* request_tiles, cudaStream_t stream) {
   sm90::plan_kernel<<<1, sm90::kPlanThreads, 0, stream>>>(seq_lens, requests, request_tiles);
-  return describe("plan kernel", cudaGetLastError());
+  check("plan kernel", cudaGetLastError());
 }
 
 }  // namespace mla_backend

@@ -4,7 +4,6 @@
 #include <cuda_runtime.h>
 
 #include <cstdint>
-#include <string>
 
 #include "decode.h"
 
@@ -18,10 +17,11 @@ struct Cache {
   int64_t pages, page_stride, token_stride;
 };
 
-// Launch one decode call. Returns an empty string, or what went wrong.
-std::string launch_decode(const DecodeParams& params, const Cache& cache, ElementType type, cudaStream_t stream);
+// Launch one decode call. `params` need not say how rows are divided: that follows from the choice of the kernel. Throws
+// std::runtime_error with what CUDA said.
+void launch_decode(const DecodeParams& params, const Cache& cache, ElementType type, cudaStream_t stream);
 
 // Write the running count of tiles, request_tiles [requests + 1], of seq_lens [requests].
-std::string launch_plan(const int32_t* seq_lens, int requests, int32_t* request_tiles, cudaStream_t stream);
+void launch_plan(const int32_t* seq_lens, int requests, int32_t* request_tiles, cudaStream_t stream);
 
 }  // namespace mla_backend

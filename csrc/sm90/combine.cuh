@@ -1,8 +1,7 @@
 // Combines the partial results of requests that several workers shared, and writes the rows that no worker has.
 #pragma once
 
-#include "ptx.cuh"
-#include "work.cuh"
+#include "tile.cuh"
 
 namespace mla_backend::sm90 {
 
@@ -67,16 +66,16 @@ __global__ void __launch_bounds__(Shape::kThreads) combine_kernel(const __grid_c
     return;
   }
   const int row = (token - params.query_start_loc[request]) * params.heads + head;
-  const int row_block = row / kBlockRows, block_row = row % kBlockRows;
+  const int row_block = row / params.block_rows, block_row = row % params.block_rows;
   const bool first_begins_share = shares.begin(first) == begin;
-  const auto slot_of = [&](int worker) {
-    return partial_slot(params, row_block, worker, worker > first || first_begins_share) * kBlockRows + block_row;
+  const auto part_of = [&](int worker) {
+    return partial_row(params, row_block, worker, worker > first || first_begins_share) + block_row;
   };
   ptx::wait_for_previous_kernel();
 
   float peak = -INFINITY;
   for (int worker = first + lane; worker <= last; worker += 32) {
-    peak = fmaxf(peak, params.partial_lse[slot_of(worker)]);
+    peak = fmaxf(peak, params.partial_lse[part_of(worker)]);
   }
 #pragma unroll
   for (int offset = 16; offset > 0; offset /= 2) peak = fmaxf(peak, __shfl_xor_sync(~0u, peak, offset));
@@ -87,9 +86,9 @@ __global__ void __launch_bounds__(Shape::kThreads) combine_kernel(const __grid_c
   float4 sum[Shape::kVectors] = {};
 #pragma unroll 4
   for (int worker = first + group; worker <= last; worker += Shape::kGroups) {
-    const int64_t slot = slot_of(worker);
-    const float weight = ptx::exp2(params.partial_lse[slot] - shift);
-    const float4* part = reinterpret_cast<const float4*>(params.partial_out + slot * kLatentDim) + column;
+    const int64_t row_of_part = part_of(worker);
+    const float weight = ptx::exp2(params.partial_lse[row_of_part] - shift);
+    const float4* part = reinterpret_cast<const float4*>(params.partial_out + row_of_part * kLatentDim) + column;
     total += weight;
 #pragma unroll
     for (int v = 0; v < Shape::kVectors; ++v) add(sum[v], part[v * Shape::kRowThreads], weight);
@@ -114,7 +113,7 @@ __global__ void __launch_bounds__(Shape::kThreads) combine_kernel(const __grid_c
     const float4 result = make_float4(sum[v].x * factor, sum[v].y * factor, sum[v].z * factor, sum[v].w * factor);
     store_four<Element>(to + (v * Shape::kRowThreads + column) * 4, result);
   }
-  if (column == 0 && lse != nullptr) *lse = total > 0 ? (peak + log2f(total)) * 0.6931471805599453f : -INFINITY;
+  if (column == 0 && lse != nullptr) *lse = total > 0 ? (peak + log2f(total)) * kLn2 : -INFINITY;
 }
 
 }  // namespace mla_backend::sm90

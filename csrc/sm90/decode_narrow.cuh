@@ -11,18 +11,18 @@
 
 namespace mla_backend::sm90 {
 
-constexpr int kValueBlocks = kLatentDim / 64;
+constexpr int kColumnBlocks = kHeadDim / 64, kValueBlocks = kLatentDim / 64;
 constexpr int kMergeFloats = 8192;  // accumulators that the warpgroups exchange at a time: 32 kB
 
 template <typename Element, int kN>
 struct alignas(1024) NarrowShared {
-  ColumnBlock<Element> tile[kStages][kColumnBlocks];
+  ColumnBlock<Element> tile[2][kColumnBlocks];
   Element query[kColumnBlocks][kN][64];
   Element probabilities[2][kN][64];  // per warpgroup
   float merge[kMergeFloats];
   float exchange[2][4][kN];  // per warpgroup and warp: column maxima, at the end column sums
   float peaks[2][kN], sums[2][kN];
-  uint64_t full[kStages], empty[kStages];
+  Pipeline<2> pipeline;
 };
 
 // Over the eight lanes that hold a column of an accumulator.
@@ -45,13 +45,10 @@ __device__ void consume_narrow(const DecodeParams& params, NarrowShared<Element,
   const int own_row = warp * 16 + lane / 4;                                            // and the row 8 further on
   const auto own_column = [&](int c) { return c / 2 * 8 + lane % 4 * 2 + c % 2; };      // of 0 to kColumns - 1
   const int own_barrier = kMathBarrier + 1 + warpgroup;
-  const float scale_log2 = params.softmax_scale * 1.4426950408889634f;
+  const float scale_log2 = params.softmax_scale * kLog2E;
 
-  const uint32_t query = ptx::shared_address(shared.query);
   const uint32_t probabilities = ptx::shared_address(shared.probabilities[warpgroup]);
   ColumnBlock<Element>(&tile)[kColumnBlocks] = shared.tile[warpgroup];
-  const uint32_t tile_address = ptx::shared_address(tile);
-  uint32_t phase = 0;
   int tiles_before = 0;  // of this block: warpgroup w takes those whose number modulo 2 is w, and they lie in stage w
   Piece piece;
   for (Pieces pieces(params, blockIdx.x); pieces.take(piece);) {
@@ -60,7 +57,10 @@ __device__ void consume_narrow(const DecodeParams& params, NarrowShared<Element,
     const int rows = queries * params.heads;
     if (rows == 0) continue;
     const int seq_len = params.seq_lens[piece.request];
-    load_queries(params, first_token, 0, rows, shared.query);
+    load_queries<Element, kN, kLatentDim, kRopeDim>(
+        params, first_token, 0, rows, 0, 0,
+        [&](int row, int chunk) { return ptx::shared_address(shared.query[chunk / 8]) + swizzled_128(row, chunk % 8); },
+        [&](int row, int chunk) { return ptx::shared_address(shared.query[kValueBlocks]) + swizzled_128(row, chunk); });
 
     const int all_visible = params.causal ? seq_len - queries + 1 : seq_len;
 
@@ -72,18 +72,18 @@ __device__ void consume_narrow(const DecodeParams& params, NarrowShared<Element,
     const int skipped = (tiles_before + warpgroup) % 2;
     for (int t = piece.first_tile + skipped; t < piece.last_tile; t += 2) {
       const int first = t * kTileTokens;
-      ptx::mbarrier_wait(&shared.full[warpgroup], phase);
-      phase ^= 1;
-      if (seq_len - first < kTileTokens) clear_rows_from<128>(seq_len - first, tile, own_barrier);
+      const int number = tiles_before + t - piece.first_tile;
+      shared.pipeline.wait_full(number);
+      if (seq_len - first < kTileTokens) clear_rows_from(seq_len - first, tile, own_barrier);
 
       float score[kN / 2];
+      const ptx::Matrix keys(ptx::shared_address(tile), 0, 1024), query(ptx::shared_address(shared.query), 0, 1024);
       ptx::wgmma_fence();
 #pragma unroll
       for (int step = 0; step < kHeadDim / 16; ++step) {
         const uint32_t inner = step % 4 * 32;
-        ptx::wgmma<Element>(
-            score, ptx::matrix_descriptor(tile_address + step / 4 * sizeof(ColumnBlock<Element>) + inner, 0, 1024),
-            ptx::matrix_descriptor(query + step / 4 * sizeof(shared.query[0]) + inner, 0, 1024), step > 0);
+        ptx::wgmma<Element>(score, keys.at(step / 4 * sizeof(ColumnBlock<Element>) + inner),
+                            query.at(step / 4 * sizeof(shared.query[0]) + inner), step > 0);
       }
       ptx::wgmma_commit();
       ptx::wgmma_wait<0>();
@@ -130,7 +130,7 @@ __device__ void consume_narrow(const DecodeParams& params, NarrowShared<Element,
 #pragma unroll
       for (int j = 0; j < kN / 8; j += 2) {
         const int row = (j + lane / 16) * 8 + lane % 8, chunk = warp * 2 + lane / 8 % 2;
-        ptx::stmatrix_x4_trans(probabilities + swizzled(row, chunk), pack<Element>(score[j * 4], score[j * 4 + 1]),
+        ptx::stmatrix_x4_trans(probabilities + swizzled_128(row, chunk), pack<Element>(score[j * 4], score[j * 4 + 1]),
                                pack<Element>(score[j * 4 + 2], score[j * 4 + 3]),
                                pack<Element>(score[j * 4 + 4], score[j * 4 + 5]),
                                pack<Element>(score[j * 4 + 6], score[j * 4 + 7]));
@@ -147,23 +147,23 @@ __device__ void consume_narrow(const DecodeParams& params, NarrowShared<Element,
 
 #pragma unroll
       for (int b = 0; b < kValueBlocks; ++b) ptx::keep(out[b]);
+      const ptx::Matrix values(ptx::shared_address(tile), sizeof(ColumnBlock<Element>), 1024), weights(probabilities, 0, 1024);
       ptx::wgmma_fence();
 #pragma unroll
       for (int b = 0; b < kValueBlocks; ++b) {
 #pragma unroll
         for (int step = 0; step < kTileTokens / 16; ++step) {
-          const uint32_t values = tile_address + b * sizeof(ColumnBlock<Element>) + step * 16 * 128;
-          ptx::wgmma<Element, 1>(out[b], ptx::matrix_descriptor(values, 8192, 1024),
-                                 ptx::matrix_descriptor(probabilities + step * 32, 0, 1024), 1);
+          ptx::wgmma<Element, 1>(out[b], values.at(b * sizeof(ColumnBlock<Element>) + step * 16 * 128),
+                                 weights.at(step * 32), 1);
         }
       }
       ptx::wgmma_commit();
       ptx::wgmma_wait<0>();
 #pragma unroll
       for (int b = 0; b < kValueBlocks; ++b) ptx::keep(out[b]);
-      if (threadIdx.x % 128 == 0) ptx::mbarrier_arrive(&shared.empty[warpgroup]);
+      if (threadIdx.x % 128 == 0) shared.pipeline.release(number);
     }
-    tiles_before += piece.last_tile - piece.first_tile;
+    tiles_before += piece.tiles();
 
     // Denominators of this warpgroup, then of both.
 #pragma unroll
@@ -174,7 +174,7 @@ __device__ void consume_narrow(const DecodeParams& params, NarrowShared<Element,
     }
     ptx::named_barrier_sync<kMathThreads>(kMathBarrier);
     float factor[kColumns];
-    const int64_t slot = partial_slot(params, 0, blockIdx.x, piece.begins_share);
+    const int64_t first_partial_row = partial_row(params, 0, blockIdx.x, piece.begins_share);
 #pragma unroll
     for (int c = 0; c < kColumns; ++c) {
       const int column = own_column(c);
@@ -192,12 +192,16 @@ __device__ void consume_narrow(const DecodeParams& params, NarrowShared<Element,
       if (threadIdx.x >= 4 || column >= rows) continue;
       const float log2_sum = total > 0 ? shift + log2f(total) : -INFINITY;
       if (!piece.whole()) {
-        params.partial_lse[slot * kBlockRows + column] = log2_sum;
+        params.partial_lse[first_partial_row + column] = log2_sum;
       } else if (params.lse != nullptr) {
         const int64_t token = first_token + column / params.heads, head = column % params.heads;
-        params.lse[token * params.lse_token_stride + head * params.lse_head_stride] = log2_sum * 0.6931471805599453f;
+        params.lse[token * params.lse_token_stride + head * params.lse_head_stride] = log2_sum * kLn2;
       }
     }
+
+    int query_of[kColumns];  // looked up once, because dividing by the heads is slow
+#pragma unroll
+    for (int c = 0; c < kColumns; ++c) query_of[c] = own_column(c) / params.heads;
 
     // Each warpgroup finishes half of the columns and hands the other half over; the same thread of the other warpgroup
     // holds the same places of an accumulator.
@@ -220,19 +224,19 @@ __device__ void consume_narrow(const DecodeParams& params, NarrowShared<Element,
 #pragma unroll
         for (int k = 0; k < kN / 2; ++k) {
           const int near = round * kBlocksAtOnce + i, far = near + kValueBlocks / 2;
-          const int c = k / 4 * 2 + k % 2, row = own_column(c);
+          const int c = k / 4 * 2 + k % 2;
           const float received = shared.merge[(i * (kN / 2) + k) * kMathThreads + (threadIdx.x ^ 128)];
           const float value = (warpgroup == 0 ? out[near][k] : out[far][k]) * factor[c] + received;
           const int column = (warpgroup == 0 ? near : far) * 64 + own_row + k / 2 % 2 * 8;
-          if (row < rows) {
+          const int query_row = own_column(c);
+          if (query_row < rows) {
             if (piece.whole()) {
-              const int64_t token = first_token + row / params.heads, head = row % params.heads;
-              Element* to = static_cast<Element*>(params.out) + token * params.out_token_stride +
-                            head * params.out_head_stride;
+              const int64_t token = first_token + query_of[c], head = query_row - query_of[c] * params.heads;
               const uint32_t rounded = pack<Element>(value, 0);
-              to[column] = reinterpret_cast<const Element&>(rounded);
+              static_cast<Element*>(params.out)[token * params.out_token_stride + head * params.out_head_stride + column] =
+                  reinterpret_cast<const Element&>(rounded);
             } else {
-              params.partial_out[(slot * kBlockRows + row) * kLatentDim + column] = value;
+              params.partial_out[(first_partial_row + query_row) * kLatentDim + column] = value;
             }
           }
         }
@@ -245,8 +249,25 @@ __device__ void consume_narrow(const DecodeParams& params, NarrowShared<Element,
 template <typename Element, int kN>
 __global__ void __launch_bounds__(kThreads, 1)
     decode_narrow_kernel(const __grid_constant__ DecodeParams params, const __grid_constant__ CUtensorMap map) {
-  run_roles<Element, NarrowShared<Element, kN>>(
-      params, &map, 1, [&](auto& shared) { consume_narrow<Element, kN>(params, shared); });
+  auto& shared = shared_memory<NarrowShared<Element, kN>>();
+  if (threadIdx.x == 0) {
+    ptx::prefetch_tensor_map(&map);
+    shared.pipeline.initialise(1);
+    ptx::fence_mbarrier_init();
+  }
+  __syncthreads();
+  run_roles(
+      [&] {
+        produce(params, blockIdx.x, shared.pipeline, kHeadDim * sizeof(Element),
+                [&](int stage, int tile_row, int page, int page_row) {
+#pragma unroll
+                  for (int block = 0; block < kColumnBlocks; ++block) {
+                    ptx::tma_load(&shared.tile[stage][block][tile_row], &map, block * 64, page_row, page,
+                                  &shared.pipeline.full[stage]);
+                  }
+                });
+      },
+      [&] { consume_narrow<Element, kN>(params, shared); });
 }
 
 }  // namespace mla_backend::sm90

@@ -20,6 +20,13 @@ __device__ __forceinline__ void store_shared(uint32_t address, uint4 value) {
                : "memory");
 }
 
+// Copies 16 bytes in the background; those past the first `bytes` become zeros.
+__device__ __forceinline__ void copy_async(uint32_t to, const void* from, int bytes) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(bytes) : "memory");
+}
+
+__device__ __forceinline__ void wait_for_copies() { asm volatile("cp.async.wait_all;" ::: "memory"); }
+
 // --- mbarrier -------------------------------------------------------------------------------------------------------
 
 __device__ __forceinline__ void mbarrier_init(uint64_t* barrier, uint32_t arrivals) {
@@ -50,6 +57,56 @@ __device__ __forceinline__ void mbarrier_wait(uint64_t* barrier, uint32_t parity
       "}\n" ::"r"(shared_address(barrier)),
       "r"(parity)
       : "memory");
+}
+
+// The same for barriers that other blocks of the cluster arrive at.
+__device__ __forceinline__ void mbarrier_wait_cluster(uint64_t* barrier, uint32_t parity) {
+  asm volatile(
+      "{\n"
+      ".reg .pred done;\n"
+      "again:\n"
+      "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 done, [%0], %1;\n"
+      "@!done bra again;\n"
+      "}\n" ::"r"(shared_address(barrier)),
+      "r"(parity)
+      : "memory");
+}
+
+// --- the cluster ----------------------------------------------------------------------------------------------------
+
+__device__ __forceinline__ int cluster_rank() {
+  uint32_t rank;
+  asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+  return rank;
+}
+
+__device__ __forceinline__ void cluster_sync() {
+  asm volatile("barrier.cluster.arrive.release;\nbarrier.cluster.wait.acquire;" ::: "memory");
+}
+
+// The same place in the shared memory of the cluster's block `rank`.
+__device__ __forceinline__ uint32_t in_block(const void* pointer, int rank) {
+  uint32_t address;
+  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(address) : "r"(shared_address(pointer)), "r"(rank));
+  return address;
+}
+
+// Says that this thread has read what it had to; it publishes no writes, which would take a fence of the whole cluster.
+__device__ __forceinline__ void arrive_in_block(uint64_t* barrier, int rank) {
+  asm volatile("mbarrier.arrive.shared::cluster.b64 _, [%0];" ::"r"(in_block(barrier, rank)) : "memory");
+}
+
+// Stores into another block, in the background: what arrives counts as bytes of that block's mbarrier.
+__device__ __forceinline__ void store_async(uint32_t to, uint4 value, uint32_t barrier) {
+  asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.b32 [%0], {%1, %2, %3, %4}, [%5];" ::"r"(to),
+               "r"(value.x), "r"(value.y), "r"(value.z), "r"(value.w), "r"(barrier)
+               : "memory");
+}
+
+__device__ __forceinline__ void store_async(uint32_t to, float2 value, uint32_t barrier) {
+  asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.v2.f32 [%0], {%1, %2}, [%3];" ::"r"(to),
+               "f"(value.x), "f"(value.y), "r"(barrier)
+               : "memory");
 }
 
 // --- the copy engine ------------------------------------------------------------------------------------------------
@@ -128,14 +185,24 @@ __device__ __forceinline__ void keep(float (&registers)[kCount]) {
   for (int i = 0; i < kCount; ++i) asm volatile("" : "+f"(registers[i])::"memory");
 }
 
-// Matrix descriptor of an operand in rows of 128 bytes with the 128-byte swizzle (PTX ISA, "Matrix descriptor format").
-// K-major operands: `leading` is unused and `stride` goes from 8 rows to the next 8. MN-major operands: `leading` goes
-// from 64 columns to the next 64, `stride` from 8 rows of K to the next 8.
-__device__ __forceinline__ uint64_t matrix_descriptor(uint32_t address, uint32_t leading, uint32_t stride) {
-  constexpr uint64_t kSwizzle128 = 1;
-  return static_cast<uint64_t>((address & 0x3FFFF) >> 4) | static_cast<uint64_t>(leading >> 4) << 16 |
-         static_cast<uint64_t>(stride >> 4) << 32 | kSwizzle128 << 62;
-}
+// Matrix descriptor of an operand in rows of 128 bytes with the 128-byte swizzle, or of 64 with the 64-byte swizzle (PTX
+// ISA, "Matrix descriptor format"). K-major operands: `leading` is unused and `stride` goes from 8 rows to the next 8.
+// MN-major operands: `leading` goes from 64 columns to the next 64, `stride` from 8 rows of K to the next 8.
+enum class Swizzle : uint64_t { k128Bytes = 1, k64Bytes = 2 };
+
+struct Matrix {
+  uint64_t descriptor;
+
+  __device__ __forceinline__ Matrix(uint32_t address, uint32_t leading, uint32_t stride, Swizzle swizzle = Swizzle::k128Bytes)
+      : descriptor(static_cast<uint64_t>((address & 0x3FFFF) >> 4) | static_cast<uint64_t>(leading >> 4) << 16 |
+                   static_cast<uint64_t>(stride >> 4) << 32 | static_cast<uint64_t>(swizzle) << 62) {
+    // Or the descriptors of all steps of a product are computed before the loop over tiles, and spilled.
+    asm volatile("" : "+l"(descriptor));
+  }
+
+  // The descriptor of the matrix that begins `bytes` further on.
+  __device__ __forceinline__ uint64_t at(uint32_t bytes) const { return descriptor + (bytes >> 4); }
+};
 
 #define MLA_C4(n) "+f"(c[n]), "+f"(c[n + 1]), "+f"(c[n + 2]), "+f"(c[n + 3])
 #define MLA_C16(n) MLA_C4(n), MLA_C4(n + 4), MLA_C4(n + 8), MLA_C4(n + 12)
@@ -143,6 +210,10 @@ __device__ __forceinline__ uint64_t matrix_descriptor(uint32_t address, uint32_t
 
 #define MLA_R16                                                                                                     \
   "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15}"
+
+#define MLA_R32                                                                                                     \
+  "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, %23, " \
+  "%24, %25, %26, %27, %28, %29, %30, %31}"
 
 #define MLA_R128                                                                                                    \
   "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, %23, " \
@@ -168,12 +239,19 @@ __device__ __forceinline__ uint64_t matrix_descriptor(uint32_t address, uint32_t
                : MLA_C16(0)                                                                        \
                : "l"(a), "l"(b), "r"(add), "n"(kTransposedA))
 
+#define MLA_WGMMA_N64(type)                                                                        \
+  asm volatile("{\n.reg .pred add;\nsetp.ne.b32 add, %34, 0;\n"                                    \
+               "wgmma.mma_async.sync.aligned.m64n64k16.f32." type "." type " " MLA_R32             \
+               ", %32, %33, add, 1, 1, %35, 0;\n}\n"                                               \
+               : MLA_C16(0), MLA_C16(16)                                                           \
+               : "l"(a), "l"(b), "r"(add), "n"(kTransposedA))
+
 #define MLA_WGMMA_N256(type)                                                                       \
-  asm volatile("{\n.reg .pred add;\nsetp.ne.b32 add, %130, 0;\n"                                   \
+  asm volatile("{\n.reg .pred add;\nsetp.ne.b32 add, %133, 0;\n"                                   \
                "wgmma.mma_async.sync.aligned.m64n256k16.f32." type "." type " " MLA_R128           \
-               ", %128, %129, add, 1, 1, 0, 1;\n}\n"                                               \
+               ", {%128, %129, %130, %131}, %132, add, 1, 1, 1;\n}\n"                              \
                : MLA_C64(0), MLA_C64(64)                                                           \
-               : "l"(a), "l"(b), "r"(add))
+               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(add))
 
 // c [64 x N] (+)= a [64 x 16] times b [16 x N], K-major; a is K-major, or M-major where kTransposedA is 1.
 template <typename Element, int kTransposedA = 0>
@@ -194,9 +272,18 @@ __device__ __forceinline__ void wgmma(float (&c)[16], uint64_t a, uint64_t b, in
   }
 }
 
-// c [64 x 256] (+)= a [64 x 16], K-major, times b [16 x 256], MN-major.
+template <typename Element, int kTransposedA = 0>
+__device__ __forceinline__ void wgmma(float (&c)[32], uint64_t a, uint64_t b, int add) {
+  if constexpr (std::is_same_v<Element, __nv_bfloat16>) {
+    MLA_WGMMA_N64("bf16");
+  } else {
+    MLA_WGMMA_N64("f16");
+  }
+}
+
+// c [64 x 256] (+)= a [64 x 16], in registers, times b [16 x 256], MN-major.
 template <typename Element>
-__device__ __forceinline__ void wgmma_transposed_b(float (&c)[128], uint64_t a, uint64_t b, int add) {
+__device__ __forceinline__ void wgmma_transposed_b(float (&c)[128], const uint32_t* a, uint64_t b, int add) {
   if constexpr (std::is_same_v<Element, __nv_bfloat16>) {
     MLA_WGMMA_N256("bf16");
   } else {
@@ -205,10 +292,12 @@ __device__ __forceinline__ void wgmma_transposed_b(float (&c)[128], uint64_t a, 
 }
 
 #undef MLA_WGMMA_N256
+#undef MLA_WGMMA_N64
 #undef MLA_WGMMA_N32
 #undef MLA_WGMMA_N16
 #undef MLA_R8
 #undef MLA_R128
+#undef MLA_R32
 #undef MLA_R16
 #undef MLA_C64
 #undef MLA_C16

@@ -6,100 +6,142 @@
 
 namespace mla_backend::sm90 {
 
-constexpr int kColumnBlocks = kHeadDim / 64;  // a tile lies in shared memory as 9 blocks of 64 rows x 128 bytes
-constexpr int kStages = 2;
 constexpr int kMathThreads = 256;
 constexpr int kThreads = kMathThreads + 128;
 constexpr int kMathBarrier = 1;  // named barrier of the two mathematics warpgroups
+constexpr float kLog2E = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
 
+// 64 columns of a tile: 64 rows of 128 bytes.
 template <typename Element>
-using ColumnBlock = Element[64][64];
+using ColumnBlock = Element[kTileTokens][64];
 
-// Byte offset of 16-byte chunk `chunk` of row `row` in a column block: the 128-byte swizzle of the copy engine.
-__device__ __forceinline__ uint32_t swizzled(int row, int chunk) { return row * 128 + ((chunk ^ (row & 7)) << 4); }
+// Byte offset of 16-byte chunk `chunk` of row `row` in rows of 128 bytes with the copy engine's 128-byte swizzle.
+__device__ __forceinline__ uint32_t swizzled_128(int row, int chunk) { return row * 128 + ((chunk ^ (row & 7)) << 4); }
 
-struct Stage {
-  int index = 0;
-  uint32_t phase = 0;
+// The same in rows of 64 bytes with the 64-byte swizzle.
+__device__ __forceinline__ uint32_t swizzled_64(int row, int chunk) { return row * 64 + ((chunk ^ (row >> 1 & 3)) << 4); }
 
-  __device__ void advance() {
-    if (++index == kStages) index = 0, phase ^= 1;
+// The stages that tiles lie in, and the barriers that say when one is full of a tile and when it is empty again.
+template <int kStages_>
+struct Pipeline {
+  static constexpr int kStages = kStages_;
+  uint64_t full[kStages], empty[kStages];
+
+  __device__ static int stage(int tile) { return tile % kStages; }
+
+  __device__ void initialise(int consumers) {
+    for (int i = 0; i < kStages; ++i) {
+      ptx::mbarrier_init(&full[i], 1);
+      ptx::mbarrier_init(&empty[i], consumers);
+    }
   }
+
+  // `tile` counts the tiles of this block so far.
+  __device__ void wait_full(int tile) { ptx::mbarrier_wait(&full[stage(tile)], tile / kStages & 1); }
+  __device__ void wait_empty(int tile) { ptx::mbarrier_wait(&empty[stage(tile)], (tile / kStages & 1) ^ 1); }
+  __device__ void release(int tile) { ptx::mbarrier_arrive(&empty[stage(tile)]); }
 };
 
-// The producer warp: bring the tiles of this block's share, stage after stage, as consumers empty them.
-template <typename Element, typename Shared>
-__device__ void produce(const DecodeParams& params, const CUtensorMap* map, Shared& shared) {
-  Stage stage;
+// The producer warp: bring the tiles of this worker's share, stage after stage, as consumers empty them. `load(stage,
+// tile_row, page, page_row)` starts the copies of a box of tokens, `token_bytes` for each of them.
+template <typename Pipeline, typename Load>
+__device__ void produce(const DecodeParams& params, int worker, Pipeline& pipeline, int token_bytes, Load load) {
+  const int lane = threadIdx.x % 32;
+  const int box_tokens = min(params.page_size, kTileTokens), tile_boxes = kTileTokens / box_tokens;
+  int number = 0;
   Piece piece;
-  const int box_rows = min(params.page_size, kTileTokens);
-  for (Pieces pieces(params, blockIdx.x); pieces.take(piece);) {
-    const int queries = params.query_start_loc[piece.request + 1] - params.query_start_loc[piece.request];
-    if (static_cast<int>(blockIdx.y) * kBlockRows >= queries * params.heads) continue;
+  for (Pieces pieces(params, worker); pieces.take(piece);) {
+    // The lanes hold the page numbers of the next 64 boxes. They do not wait for the length where a box is a tile.
     const int32_t* pages = params.block_table + piece.request * params.block_table_stride;
+    const int first_box = piece.first_tile * tile_boxes;
+    int boxes = piece.last_tile * tile_boxes;
     const int seq_len = params.seq_lens[piece.request];
-    for (int tile = piece.first_tile; tile < piece.last_tile; ++tile, stage.advance()) {
-      ptx::mbarrier_wait(&shared.empty[stage.index], stage.phase ^ 1);
-      if (threadIdx.x % 32 == 0) {
-        const int first = tile * kTileTokens;
-        const int boxes = (min(kTileTokens, seq_len - first) + box_rows - 1) / box_rows;
-        ptx::mbarrier_arrive_expect_tx(&shared.full[stage.index], boxes * box_rows * kHeadDim * sizeof(Element));
-        for (int box = 0; box < boxes; ++box) {
-          const int token = first + box * box_rows;
-          const int page = pages[token / params.page_size], row = token % params.page_size;
-#pragma unroll
-          for (int block = 0; block < kColumnBlocks; ++block) {
-            ptx::tma_load(&shared.tile[stage.index][block][box * box_rows], map, block * 64, row, page,
-                          &shared.full[stage.index]);
-          }
-        }
+    if (tile_boxes > 1) boxes = min(boxes, (seq_len + box_tokens - 1) / box_tokens);
+    const auto page_of = [&](int box) { return box < boxes ? pages[box * box_tokens / params.page_size] : 0; };
+    int page = page_of(first_box + lane), next_page = page_of(first_box + 32 + lane);
+
+    const int queries = params.query_start_loc[piece.request + 1] - params.query_start_loc[piece.request];
+    if (static_cast<int>(blockIdx.y) * params.block_rows >= queries * params.heads) continue;
+    for (int tile = piece.first_tile; tile < piece.last_tile; ++tile, ++number) {
+      const int index = (tile - piece.first_tile) * tile_boxes;
+      if (index % 32 == 0 && index > 0) {
+        page = next_page;
+        next_page = page_of(first_box + index + 32 + lane);
+      }
+      const int first = tile * kTileTokens, stage = pipeline.stage(number);
+      const int tokens = min(kTileTokens, (seq_len - first + box_tokens - 1) / box_tokens * box_tokens);
+      pipeline.wait_empty(number);
+      if (lane == 0) ptx::mbarrier_arrive_expect_tx(&pipeline.full[stage], tokens * token_bytes);
+      for (int row = 0, box = index; row < tokens; row += box_tokens, ++box) {
+        const int box_page = __shfl_sync(~0u, page, box % 32);
+        if (lane == 0) load(stage, row, box_page, (first + row) % params.page_size);
       }
       __syncwarp();
     }
   }
 }
 
-// Bring a block of query rows into shared memory; rows past the request's become zeros.
-template <typename Element, int kRows>
-__device__ void load_queries(const DecodeParams& params, int first_token, int first_row, int rows,
-                             Element (&query)[kColumnBlocks][kRows][64]) {
-  constexpr int kChunks = kHeadDim / 8;
-  int begin = threadIdx.x;
-  asm volatile("" : "+r"(begin));  // or addresses are kept in registers from one request to the next, and others spill
-  for (int i = begin; i < kRows * kChunks; i += kMathThreads) {
-    const int row = i / kChunks, chunk = i % kChunks;
-    uint4 value = make_uint4(0, 0, 0, 0);
-    if (first_row + row < rows) {
-      const int64_t token = first_token + (first_row + row) / params.heads, head = (first_row + row) % params.heads;
-      const Element* from = chunk < kLatentDim / 8
-                                ? static_cast<const Element*>(params.q_nope) + token * params.q_nope_token_stride +
-                                      head * params.q_nope_head_stride + chunk * 8
-                                : static_cast<const Element*>(params.q_pe) + token * params.q_pe_token_stride +
-                                      head * params.q_pe_head_stride + (chunk * 8 - kLatentDim);
-      if (params.queries_are_vectors) {
-        value = *reinterpret_cast<const uint4*>(from);
-      } else {
-        Element* elements = reinterpret_cast<Element*>(&value);
+// Bring kChunks x 8 columns of a block of query rows, [tokens, heads, columns] from `from` on, to where place(row, chunk)
+// says; rows past the request's become zeros. All are under way at once where they can be.
+template <int kRows, int kChunks, typename Element, typename Place>
+__device__ __forceinline__ void copy_rows(const DecodeParams& params, const Element* from, int64_t token_stride,
+                                          int64_t head_stride, int first_row, int rows, Place place) {
+  constexpr int kStep = kMathThreads / kChunks;  // rows at a time
+  const int chunk = threadIdx.x % kChunks;
+  from += chunk * 8;
+  // Division by the number of heads is slow: from one step to the next only additions are left.
+  int row = threadIdx.x / kChunks, token = (first_row + row) / params.heads, head = (first_row + row) % params.heads;
+  const int token_step = kStep / params.heads, head_step = kStep % params.heads;
+  const auto advance = [&] {
+    row += kStep, token += token_step, head += head_step;
+    if (head >= params.heads) head -= params.heads, ++token;
+  };
+  if (params.queries_are_vectors) {
 #pragma unroll
-        for (int e = 0; e < 8; ++e) elements[e] = from[e];
+    for (int step = 0; step < (kRows + kStep - 1) / kStep; ++step, advance()) {
+      const bool exists = first_row + row < rows;
+      if (kRows % kStep == 0 || row < kRows) {
+        ptx::copy_async(place(row, chunk), exists ? from + token * token_stride + head * head_stride : from, exists ? 16 : 0);
       }
     }
-    ptx::store_shared(ptx::shared_address(query[chunk / 8]) + swizzled(row, chunk % 8), value);
+  } else {
+#pragma unroll 1
+    for (; row < kRows; advance()) {
+      Element elements[8] = {};
+#pragma unroll
+      for (int e = 0; e < 8; ++e) {
+        if (first_row + row < rows) elements[e] = from[token * token_stride + head * head_stride + e];
+      }
+      ptx::store_shared(place(row, chunk), reinterpret_cast<const uint4&>(elements));
+    }
   }
+}
+
+// Bring a block of query rows into shared memory: kLatent columns from first_latent on and kRope from first_rope on.
+template <typename Element, int kRows, int kLatent, int kRope, typename PlaceLatent, typename PlaceRope>
+__device__ __forceinline__ void load_queries(const DecodeParams& params, int first_token, int first_row, int rows,
+                                             int first_latent, int first_rope, PlaceLatent latent, PlaceRope rope) {
+  copy_rows<kRows, kLatent / 8>(
+      params, static_cast<const Element*>(params.q_nope) + first_token * params.q_nope_token_stride + first_latent,
+      params.q_nope_token_stride, params.q_nope_head_stride, first_row, rows, latent);
+  copy_rows<kRows, kRope / 8>(
+      params, static_cast<const Element*>(params.q_pe) + first_token * params.q_pe_token_stride + first_rope,
+      params.q_pe_token_stride, params.q_pe_head_stride, first_row, rows, rope);
+  ptx::wait_for_copies();
   ptx::fence_proxy_async();
   ptx::named_barrier_sync<kMathThreads>(kMathBarrier);
 }
 
 // What lies in a tile past the request's last token would meet probability 0, and 0 x NaN is NaN: make it zeros.
-// Called by kClearers consecutive threads, which meet at the named barrier.
-template <int kClearers, typename Element>
-__device__ void clear_rows_from(int row, ColumnBlock<Element> (&tile)[kColumnBlocks], int barrier) {
+// Called by a warpgroup, which meets at its named barrier.
+template <int kBlocks, typename Element>
+__device__ void clear_rows_from(int row, ColumnBlock<Element> (&tile)[kBlocks], int barrier) {
   const int chunks = (kTileTokens - row) * 8;  // whole rows of 128 bytes, so the swizzle does not matter
-  for (int i = threadIdx.x % kClearers; i < chunks * kColumnBlocks; i += kClearers) {
+  for (int i = threadIdx.x % 128; i < chunks * kBlocks; i += 128) {
     reinterpret_cast<uint4*>(&tile[i / chunks][row])[i % chunks] = make_uint4(0, 0, 0, 0);
   }
   ptx::fence_proxy_async();
-  ptx::named_barrier_sync<kClearers>(barrier);
+  ptx::named_barrier_sync<128>(barrier);
 }
 
 // Over the four lanes that hold a row of an accumulator.
@@ -124,27 +166,22 @@ __device__ __forceinline__ uint32_t pack(float low, float high) {
   }
 }
 
-// What every decode kernel begins with: barriers, and who is who. `consume` runs in the mathematics warpgroups.
-template <typename Element, typename Shared, typename Consume>
-__device__ void run_roles(const DecodeParams& params, const CUtensorMap* map, int arrivals_to_empty, Consume consume) {
+template <typename Shared>
+__device__ Shared& shared_memory() {
   extern __shared__ char memory[];
-  Shared& shared = *reinterpret_cast<Shared*>((reinterpret_cast<uintptr_t>(memory) + 1023) & ~1023ull);
-  if (threadIdx.x == 0) {
-    ptx::prefetch_tensor_map(map);
-    for (int i = 0; i < kStages; ++i) {
-      ptx::mbarrier_init(&shared.full[i], 1);
-      ptx::mbarrier_init(&shared.empty[i], arrivals_to_empty);
-    }
-    ptx::fence_mbarrier_init();
-  }
-  __syncthreads();
-  // Together at most what the block was started with (168 for each of 384 threads), or the increase waits for ever.
+  return *reinterpret_cast<Shared*>((reinterpret_cast<uintptr_t>(memory) + 1023) & ~1023ull);
+}
+
+// Divide the block's threads into a producer warp and two mathematics warpgroups. Together they can have at most the
+// registers that the block was started with (168 for each of 384 threads), or the increase waits for ever.
+template <typename Produce, typename Consume>
+__device__ void run_roles(Produce produce_tiles, Consume consume) {
   if (threadIdx.x >= kMathThreads) {
     ptx::setmaxnreg_dec<40>();
-    if (threadIdx.x < kMathThreads + 32) produce<Element>(params, map, shared);
+    if (threadIdx.x < kMathThreads + 32) produce_tiles();
   } else {
     ptx::setmaxnreg_inc<232>();
-    consume(shared);
+    consume();
   }
 }
 

@@ -44,16 +44,35 @@ struct Piece {
   int first_tile, last_tile, request_tiles;
   bool begins_share;  // it is the first of its worker's share, whose partial results go to the first of two places
 
+  __device__ int tiles() const { return last_tile - first_tile; }
   __device__ bool whole() const { return first_tile == 0 && last_tile == request_tiles; }
 };
 
 class Pieces {
  public:
+  // Called by whole warps.
   __device__ Pieces(const DecodeParams& params, int worker) : params_(params) {
-    const Shares shares(params.request_tiles[params.requests], params.workers);
+    // The first entries are asked for all at once, before the total tells which of them matters: a kernel cannot start
+    // before it knows its first request, and each load that waits for another one costs most of a microsecond.
+    constexpr int kLoads = 4;
+    const int lane = threadIdx.x % 32;
+    int counts[kLoads];
+#pragma unroll
+    for (int i = 0; i < kLoads; ++i) counts[i] = params.request_tiles[min(i * 32 + lane, params.requests)];
+    const bool all_held = params.requests < kLoads * 32;
+    const int total = all_held ? __shfl_sync(~0u, counts[kLoads - 1], 31) : params.request_tiles[params.requests];
+    const Shares shares(total, params.workers);
     next_ = share_begin_ = shares.begin(worker);
     end_ = shares.begin(worker + 1);
-    if (next_ < end_) request_ = find_owner(params.request_tiles, params.requests, next_);
+    if (all_held) {
+      request_ = -1;
+#pragma unroll
+      for (int i = 0; i < kLoads; ++i) {
+        request_ += __popc(__ballot_sync(~0u, i * 32 + lane < params.requests && counts[i] <= next_));
+      }
+    } else if (next_ < end_) {
+      request_ = find_owner(params.request_tiles, params.requests, next_);
+    }
   }
 
   __device__ bool take(Piece& piece) {
@@ -70,8 +89,9 @@ class Pieces {
   int next_, end_, share_begin_, request_ = 0;
 };
 
-__device__ __forceinline__ int64_t partial_slot(const DecodeParams& params, int row_block, int worker, bool begins_share) {
-  return (static_cast<int64_t>(row_block) * params.workers + worker) * 2 + (begins_share ? 0 : 1);
+// Index of row 0 of a piece's partial results.
+__device__ __forceinline__ int64_t partial_row(const DecodeParams& params, int row_block, int worker, bool begins_share) {
+  return ((static_cast<int64_t>(row_block) * params.workers + worker) * 2 + (begins_share ? 0 : 1)) * params.block_rows;
 }
 
 }  // namespace mla_backend

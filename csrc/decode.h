@@ -32,6 +32,7 @@ struct DecodeParams {
   // Set with the choice of the kernel: a request's query rows are handled in blocks, and each of them by workers (thread
   // blocks, or clusters of them) that share the tiles.
   int block_rows, row_blocks, workers;
+  int least_share;  // tiles that a worker gets at least
   bool causal;
   float softmax_scale;
 

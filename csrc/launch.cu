@@ -49,9 +49,10 @@ CUtensorMap encode_cache(const Cache& cache, int page_size, CUtensorMapDataType 
 }
 
 // Launch a decode kernel whose workers are clusters of kCluster thread blocks and handle kRows query rows each.
-template <typename Shared, int kRows, int kCluster, typename Kernel, typename... Maps>
+template <typename Shared, int kRows, int kCluster, int kLeastShare, typename Kernel, typename... Maps>
 void decode(Kernel kernel, DecodeParams& params, cudaStream_t stream, const Maps&... maps) {
   params.block_rows = kRows;
+  params.least_share = kLeastShare;
   params.row_blocks = std::max(1, (params.max_rows + kRows - 1) / kRows);
   params.workers = std::max(1, params.multiprocessors / (params.row_blocks * kCluster));
   constexpr size_t kSharedBytes = sizeof(Shared) + alignof(Shared);
@@ -83,15 +84,15 @@ void launch(DecodeParams params, const Cache& cache, CUtensorMapDataType type, c
   using namespace sm90;
   const auto map = encode_cache<Element>(cache, params.page_size, type, 64);
   if (const int rows = params.max_rows; rows <= 16) {
-    decode<NarrowShared<Element, 16>, 16, 1>(decode_narrow_kernel<Element, 16>, params, stream, map);
+    decode<NarrowShared<Element, 16>, 16, 1, 1>(decode_narrow_kernel<Element, 16>, params, stream, map);
   } else if (rows <= 32) {
-    decode<NarrowShared<Element, 32>, 32, 1>(decode_narrow_kernel<Element, 32>, params, stream, map);
+    decode<NarrowShared<Element, 32>, 32, 1, 1>(decode_narrow_kernel<Element, 32>, params, stream, map);
   } else {
     const auto rope_map = encode_cache<Element>(cache, params.page_size, type, 32);
     if (rows <= 64) {
-      decode<WideShared<Element, 64>, 64, 2>(decode_wide_kernel<Element, 64>, params, stream, map, rope_map);
+      decode<WideShared<Element, 64>, 64, 2, 2>(decode_wide_kernel<Element, 64>, params, stream, map, rope_map);
     } else {
-      decode<WideShared<Element, 128>, 128, 2>(decode_wide_kernel<Element, 128>, params, stream, map, rope_map);
+      decode<WideShared<Element, 128>, 128, 2, 3>(decode_wide_kernel<Element, 128>, params, stream, map, rope_map);
     }
   }
   if (static_cast<int64_t>(params.tokens) * params.heads >= kManyRows) {

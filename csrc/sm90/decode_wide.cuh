@@ -39,10 +39,6 @@ struct alignas(1024) WideShared {
   Pipeline<kRows == 128 ? 3 : 4> pipeline;
 };
 
-// The peak that a row's probabilities are relative to follows the scores only when they have outgrown it by this power of
-// two: factors up to 256 cost no precision, and the accumulators are hardly ever scaled. (FlashAttention-4 does the same.)
-constexpr float kPatience = 8;
-
 template <typename Element, int kRows>
 class WideConsumer {
   using Shared = WideShared<Element, kRows>;
@@ -212,21 +208,23 @@ class WideConsumer {
       for (int i = 0; i < 2; ++i) {
         const float their_peak = i == 0 ? theirs.x : theirs.y, their_sum = i == 0 ? theirs.z : theirs.w;
         both_peak[i] = fmaxf(peak[i], their_peak);
-        weight[i] = ptx::exp2(peak[i] * scale_log2 - shift_of(both_peak[i]));
-        total[i] = sum[i] * weight[i] + their_sum * ptx::exp2(their_peak * scale_log2 - shift_of(both_peak[i]));
+        weight[i] = ptx::exp2(peak[i] * scale_log2 - shift_of(both_peak[i], scale_log2));
+        total[i] = sum[i] * weight[i] + their_sum * ptx::exp2(their_peak * scale_log2 - shift_of(both_peak[i], scale_log2));
       }
     }
 #pragma unroll
     for (int i = 0; i < 2; ++i) factor[i] = total[i] > 0 ? weight[i] / total[i] : 0;
     send_factors(factor, begin_message(tiles));
     if (lane % 4 == 0 && (group == 0 || !kSharesRows)) {
+      const Rows<Element> results(params, piece, first_token, blockIdx.y, blockIdx.x / 2);
 #pragma unroll
-      for (int i = 0; i < 2; ++i) store_lse(own_row + 8 * i, total[i] > 0 ? both_peak[i] * scale_log2 + log2f(total[i]) : -INFINITY);
+      for (int i = 0; i < 2; ++i) {
+        const int row = first_row + own_row + 8 * i;
+        if (row >= rows) continue;
+        results.store_lse(row / params.heads, row, total[i] > 0 ? both_peak[i] * scale_log2 + log2f(total[i]) : -INFINITY);
+      }
     }
   }
-
-  // A row that has seen no token yet has the peak -inf, and -inf - -inf would be NaN.
-  __device__ __forceinline__ float shift_of(float row_peak) const { return row_peak == -INFINITY ? 0 : row_peak * scale_log2; }
 
   // From this block's half of the scores to probabilities, which are sent to the helper too.
   __device__ __forceinline__ void softmax(float (&score)[32], float (&decay)[2], uint32_t (&probability)[16], int tile) {
@@ -262,7 +260,7 @@ class WideConsumer {
         peak[i] = tile_peak[i];
         sum[i] *= decay[i];
       }
-      shift[i] = shift_of(peak[i]);
+      shift[i] = shift_of(peak[i], scale_log2);
     }
     const uint32_t full = begin_message(tile);
 #pragma unroll
@@ -393,47 +391,32 @@ class WideConsumer {
     }
   }
 
-  __device__ __forceinline__ int64_t first_partial_row() const {
-    return partial_row(params, blockIdx.y, blockIdx.x / 2, piece.begins_share) + group_row;
-  }
-
-  __device__ __forceinline__ void store_lse(int row, float log2_sum) {
-    if (first_row + row >= rows) return;
-    if (!piece.whole()) {
-      params.partial_lse[first_partial_row() + row] = log2_sum;
-    } else if (params.lse != nullptr) {
-      const int64_t token = first_token + (first_row + row) / params.heads, head = (first_row + row) % params.heads;
-      params.lse[token * params.lse_token_stride + head * params.lse_head_stride] = log2_sum * kLn2;
-    }
-  }
-
   // Write accumulators kBegin to kEnd (not included) of the own rows, times their factors.
   template <int kBegin, int kEnd>
   __device__ __forceinline__ void store(const float (&out)[128], const float (&factor)[2]) {
+    const Rows<Element> results(params, piece, first_token, blockIdx.y, blockIdx.x / 2);
     const int column = rank * kBlockLatent + own_column;
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      const int row = own_row + 8 * i;
-      if (first_row + row >= rows) continue;
-      if (piece.whole()) {
-        const int64_t token = first_token + (first_row + row) / params.heads, head = (first_row + row) % params.heads;
-        Element* to = static_cast<Element*>(params.out) + token * params.out_token_stride + head * params.out_head_stride;
+      const int row = first_row + own_row + 8 * i;
+      if (row >= rows) continue;
+      if (!piece.whole()) {
+        float* to = results.partial_out(row) + column;
 #pragma unroll
         for (int j = kBegin; j < kEnd; j += 4) {
-          const uint32_t two = pack<Element>(out[j + i * 2] * factor[i], out[j + i * 2 + 1] * factor[i]);
-          if (params.output_is_pairs) {
-            *reinterpret_cast<uint32_t*>(to + column + j * 2) = two;
-          } else {
-            to[column + j * 2] = reinterpret_cast<const Element(&)[2]>(two)[0];
-            to[column + j * 2 + 1] = reinterpret_cast<const Element(&)[2]>(two)[1];
-          }
+          *reinterpret_cast<float2*>(to + j * 2) = make_float2(out[j + i * 2] * factor[i], out[j + i * 2 + 1] * factor[i]);
         }
-      } else {
-        float* to = params.partial_out + (first_partial_row() + row) * kLatentDim;
+        continue;
+      }
+      Element* to = results.out(row / params.heads, row) + column;
 #pragma unroll
-        for (int j = kBegin; j < kEnd; j += 4) {
-          *reinterpret_cast<float2*>(to + column + j * 2) =
-              make_float2(out[j + i * 2] * factor[i], out[j + i * 2 + 1] * factor[i]);
+      for (int j = kBegin; j < kEnd; j += 4) {
+        const uint32_t two = pack<Element>(out[j + i * 2] * factor[i], out[j + i * 2 + 1] * factor[i]);
+        if (params.output_is_pairs) {
+          *reinterpret_cast<uint32_t*>(to + j * 2) = two;
+        } else {
+          to[j * 2] = reinterpret_cast<const Element(&)[2]>(two)[0];
+          to[j * 2 + 1] = reinterpret_cast<const Element(&)[2]>(two)[1];
         }
       }
     }

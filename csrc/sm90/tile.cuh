@@ -144,6 +144,51 @@ __device__ void clear_rows_from(int row, ColumnBlock<Element> (&tile)[kBlocks], 
   ptx::named_barrier_sync<128>(barrier);
 }
 
+// The peak that a row's probabilities are relative to follows the scores only when they have outgrown it by this power of
+// two: factors up to 256 cost no precision, and the accumulators are hardly ever scaled. (FlashAttention-4 does the same.)
+constexpr float kPatience = 8;
+
+// What is taken from scores before exp2: a row that has seen no token yet has the peak -inf, and -inf - -inf would be NaN.
+__device__ __forceinline__ float shift_of(float peak, float scale_log2) {
+  return peak == -INFINITY ? 0 : peak * scale_log2;
+}
+
+// Where the results of a piece go: to the output if it is a whole request, else to its worker's partial results. Rows count
+// from the request's first one.
+template <typename Element>
+struct Rows {
+  const DecodeParams& params;
+  bool whole;
+  int first_token, block_row;
+  int64_t first_partial_row;
+
+  __device__ Rows(const DecodeParams& params, const Piece& piece, int first_token, int row_block, int worker)
+      : params(params),
+        whole(piece.whole()),
+        first_token(first_token),
+        block_row(row_block * params.block_rows),
+        first_partial_row(partial_row(params, row_block, worker, piece.begins_share)) {}
+
+  // `query` is row / heads, which is slow to compute.
+  __device__ __forceinline__ Element* out(int query, int row) const {
+    return static_cast<Element*>(params.out) + (first_token + query) * params.out_token_stride +
+           (row - query * params.heads) * params.out_head_stride;
+  }
+
+  __device__ __forceinline__ float* partial_out(int row) const {
+    return params.partial_out + (first_partial_row + row - block_row) * kLatentDim;
+  }
+
+  __device__ __forceinline__ void store_lse(int query, int row, float log2_sum) const {
+    if (!whole) {
+      params.partial_lse[first_partial_row + row - block_row] = log2_sum;
+    } else if (params.lse != nullptr) {
+      params.lse[(first_token + query) * params.lse_token_stride + (row - query * params.heads) * params.lse_head_stride] =
+          log2_sum * kLn2;
+    }
+  }
+};
+
 // Over the four lanes that hold a row of an accumulator.
 __device__ __forceinline__ float quad_max(float x) {
   x = fmaxf(x, __shfl_xor_sync(~0u, x, 1));

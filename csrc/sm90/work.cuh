@@ -1,7 +1,7 @@
 // Which tiles of which request a thread block handles: the split schedule, as every kernel reads it.
 //
 // Lay the tiles of all requests end to end; `request_tiles` is their running count. Worker w of W gets the w-th of W
-// nearly equal shares. A share may begin and end inside a request, so a worker handles a few pieces of requests; of
+// nearly equal shares, or fewer workers do where the shares would be too small to be worth a partial result. A share may begin and end inside a request, so a worker handles a few pieces of requests; of
 // these only the first and the last can be a part of their request, and so a worker has two places for partial results.
 #pragma once
 
@@ -12,8 +12,12 @@ namespace mla_backend {
 struct Shares {
   int quotient, remainder;
 
-  __device__ Shares(int tiles, int workers) : quotient(tiles / workers), remainder(tiles % workers) {}
+  __device__ Shares(const DecodeParams& params, int tiles) {
+    const int workers = max(1, min(params.workers, tiles / params.least_share));
+    quotient = tiles / workers, remainder = tiles % workers;
+  }
 
+  // Of workers that get nothing too: they begin past the last tile.
   __device__ int begin(int worker) const { return worker * quotient + min(worker, remainder); }
 
   __device__ int worker_of(int tile) const {
@@ -61,9 +65,9 @@ class Pieces {
     for (int i = 0; i < kLoads; ++i) counts[i] = params.request_tiles[min(i * 32 + lane, params.requests)];
     const bool all_held = params.requests < kLoads * 32;
     const int total = all_held ? __shfl_sync(~0u, counts[kLoads - 1], 31) : params.request_tiles[params.requests];
-    const Shares shares(total, params.workers);
+    const Shares shares(params, total);
     next_ = share_begin_ = shares.begin(worker);
-    end_ = shares.begin(worker + 1);
+    end_ = min(shares.begin(worker + 1), total);
     if (all_held) {
       request_ = -1;
 #pragma unroll

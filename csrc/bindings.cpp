@@ -74,8 +74,9 @@ void mla_decode(const Tensor& q_nope, const Tensor& q_pe, const Tensor& kv_cache
   params.query_start_loc = static_cast<const int32_t*>(query_start_loc.const_data_ptr());
   params.request_tiles = static_cast<const int32_t*>(request_tiles.const_data_ptr());
   params.tokens = tokens, params.heads = heads;
+  params.heads_reciprocal = static_cast<uint32_t>((0x1'0000'0000 + heads - 1) / heads);
   params.requests = static_cast<int>(seq_lens.size(0)), params.page_size = static_cast<int>(page_size);
-  params.max_rows = static_cast<int>(max_query_len * heads);
+  params.max_query_len = static_cast<int>(max_query_len);
   params.multiprocessors = static_cast<int>(partial_lse.numel()) / (2 * kPartialRows);
   params.causal = causal;
   params.softmax_scale = static_cast<float>(softmax_scale);

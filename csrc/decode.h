@@ -18,7 +18,7 @@ struct DecodeParams {
   const void* q_pe;
   int64_t q_nope_token_stride, q_nope_head_stride;
   int64_t q_pe_token_stride, q_pe_head_stride;
-  bool queries_are_vectors;  // every row starts at a multiple of 16 bytes
+  bool queries_are_vectors;  // every row starts at a multiple of 16 bytes, as the copy engine wants it
 
   const int32_t* block_table;  // [requests, max_pages]
   int64_t block_table_stride;
@@ -27,10 +27,11 @@ struct DecodeParams {
   const int32_t* request_tiles;    // [requests + 1], the schedule: running count of tiles
 
   int tokens, heads, requests, page_size;
-  int max_rows;         // query rows (token and head) that a request may have
+  uint32_t heads_reciprocal;  // 2^32 / heads, rounded up
+  int max_query_len;    // query tokens that a request may have
   int multiprocessors;  // that there are places for partial results for
-  // Set with the choice of the kernel: a request's query rows are handled in blocks, and each of them by workers (thread
-  // blocks, or clusters of them) that share the tiles.
+  // Set with the choice of the kernel: a request's query rows (token and head) are handled in blocks of whole tokens, and
+  // each of them by workers (thread blocks, or clusters of them) that share the tiles.
   int block_rows, row_blocks, workers;
   int least_share;  // tiles that a worker gets at least
   bool causal;

@@ -29,38 +29,60 @@ PFN_cuTensorMapEncodeTiled_v12000 tensor_map_encoder() {
   return encoder;
 }
 
-// How the copy engine reads the cache: boxes of `columns` columns and as many tokens as a tile or a page has, laid down in
-// shared memory with the swizzle of that width.
-template <typename Element>
-CUtensorMap encode_cache(const Cache& cache, int page_size, CUtensorMapDataType type, int columns) {
-  const cuuint64_t sizes[] = {kHeadDim, static_cast<cuuint64_t>(page_size), static_cast<cuuint64_t>(cache.pages)};
-  const cuuint64_t strides[] = {cache.token_stride * sizeof(Element), cache.page_stride * sizeof(Element)};
-  const cuuint32_t box[] = {static_cast<cuuint32_t>(columns), static_cast<cuuint32_t>(std::min(page_size, kTileTokens)), 1};
+// How the copy engine reads [outer, rows, columns]: `box_columns` x box_rows x box_outer at a time, laid down in shared
+// memory with the swizzle of that width. Strides count elements.
+CUtensorMap encode(CUtensorMapDataType type, const void* data, int64_t columns, int64_t rows, int64_t outer,
+                   int64_t row_stride, int64_t outer_stride, int box_columns, int box_rows, int box_outer) {
+  constexpr int kBytes = 2;  // of an element
+  const cuuint64_t sizes[] = {static_cast<cuuint64_t>(columns), static_cast<cuuint64_t>(rows),
+                              static_cast<cuuint64_t>(outer)};
+  const cuuint64_t strides[] = {static_cast<cuuint64_t>(row_stride * kBytes), static_cast<cuuint64_t>(outer_stride * kBytes)};
+  const cuuint32_t box[] = {static_cast<cuuint32_t>(box_columns), static_cast<cuuint32_t>(box_rows),
+                            static_cast<cuuint32_t>(box_outer)};
   const cuuint32_t steps[] = {1, 1, 1};
-  const auto encode = tensor_map_encoder();
-  if (encode == nullptr) throw std::runtime_error("the driver has no cuTensorMapEncodeTiled; it needs CUDA 12 or later");
+  const auto encoder = tensor_map_encoder();
+  if (encoder == nullptr) throw std::runtime_error("the driver has no cuTensorMapEncodeTiled; it needs CUDA 12 or later");
   CUtensorMap map;
   const CUresult result =
-      encode(&map, type, 3, const_cast<void*>(cache.data), sizes, strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
-             columns * sizeof(Element) == 128 ? CU_TENSOR_MAP_SWIZZLE_128B : CU_TENSOR_MAP_SWIZZLE_64B,
-             CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+      encoder(&map, type, 3, const_cast<void*>(data), sizes, strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
+              box_columns * kBytes == 128 ? CU_TENSOR_MAP_SWIZZLE_128B : CU_TENSOR_MAP_SWIZZLE_64B,
+              CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   if (result != CUDA_SUCCESS) throw std::runtime_error("cuTensorMapEncodeTiled failed with " + std::to_string(result));
   return map;
 }
 
 // Launch a decode kernel whose workers are clusters of kCluster thread blocks and handle kRows query rows each.
-template <typename Shared, int kRows, int kCluster, int kLeastShare, typename Kernel, typename... Maps>
-void decode(Kernel kernel, DecodeParams& params, cudaStream_t stream, const Maps&... maps) {
-  params.block_rows = kRows;
-  params.least_share = kLeastShare;
-  params.row_blocks = std::max(1, (params.max_rows + kRows - 1) / kRows);
+template <typename Shared, int kRows, int kCluster, int kLeastShare, typename Kernel>
+void decode(Kernel kernel, DecodeParams& params, const Cache& cache, CUtensorMapDataType type, cudaStream_t stream) {
+  const int block_tokens = std::min(kRows / params.heads, params.max_query_len);
+  params.block_rows = block_tokens * params.heads;
+  params.row_blocks = (params.max_query_len + block_tokens - 1) / block_tokens;
   params.workers = std::max(1, params.multiprocessors / (params.row_blocks * kCluster));
+  params.least_share = kLeastShare;
+
+  const auto of_cache = [&](int columns) {
+    return encode(type, cache.data, kHeadDim, params.page_size, cache.pages, cache.token_stride, cache.page_stride, columns,
+                  std::min(params.page_size, kTileTokens), 1);
+  };
+  const auto of_queries = [&](const void* data, int columns, int64_t token_stride, int64_t head_stride, int box_columns) {
+    return encode(type, data, columns, params.heads, params.tokens, head_stride, token_stride, box_columns, params.heads,
+                  block_tokens);
+  };
+  constexpr int kRopeColumns = kRopeDim / kCluster;
+  sm90::TensorMaps maps = {};
+  maps.latent = of_cache(64);
+  maps.rope = of_cache(kRopeColumns);
+  if (params.queries_are_vectors) {
+    maps.latent_query = of_queries(params.q_nope, kLatentDim, params.q_nope_token_stride, params.q_nope_head_stride, 64);
+    maps.rope_query = of_queries(params.q_pe, kRopeDim, params.q_pe_token_stride, params.q_pe_head_stride, kRopeColumns);
+  }
+
   constexpr size_t kSharedBytes = sizeof(Shared) + alignof(Shared);
   static_assert(kSharedBytes <= 227 * 1024);
   // Per device and cheap, so it is simply asked for each time.
   check("shared memory for the decode kernel",
         cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes));
-  kernel<<<dim3(params.workers * kCluster, params.row_blocks), sm90::kThreads, kSharedBytes, stream>>>(params, maps...);
+  kernel<<<dim3(params.workers * kCluster, params.row_blocks), sm90::kThreads, kSharedBytes, stream>>>(params, maps);
   check("decode kernel", cudaGetLastError());
 }
 
@@ -82,18 +104,15 @@ void combine(const DecodeParams& params, cudaStream_t stream) {
 template <typename Element>
 void launch(DecodeParams params, const Cache& cache, CUtensorMapDataType type, cudaStream_t stream) {
   using namespace sm90;
-  const auto map = encode_cache<Element>(cache, params.page_size, type, 64);
-  if (const int rows = params.max_rows; rows <= 16) {
-    decode<NarrowShared<Element, 16>, 16, 1, 1>(decode_narrow_kernel<Element, 16>, params, stream, map);
+  params.max_query_len = std::max(1, params.max_query_len);
+  if (const int rows = params.max_query_len * params.heads; rows <= 16) {
+    decode<NarrowShared<Element, 16>, 16, 1, 2>(decode_narrow_kernel<Element, 16>, params, cache, type, stream);
   } else if (rows <= 32) {
-    decode<NarrowShared<Element, 32>, 32, 1, 1>(decode_narrow_kernel<Element, 32>, params, stream, map);
+    decode<NarrowShared<Element, 32>, 32, 1, 2>(decode_narrow_kernel<Element, 32>, params, cache, type, stream);
+  } else if (rows <= 64) {
+    decode<WideShared<Element, 64>, 64, 2, 2>(decode_wide_kernel<Element, 64>, params, cache, type, stream);
   } else {
-    const auto rope_map = encode_cache<Element>(cache, params.page_size, type, 32);
-    if (rows <= 64) {
-      decode<WideShared<Element, 64>, 64, 2, 2>(decode_wide_kernel<Element, 64>, params, stream, map, rope_map);
-    } else {
-      decode<WideShared<Element, 128>, 128, 2, 3>(decode_wide_kernel<Element, 128>, params, stream, map, rope_map);
-    }
+    decode<WideShared<Element, 128>, 128, 2, 2>(decode_wide_kernel<Element, 128>, params, cache, type, stream);
   }
   if (static_cast<int64_t>(params.tokens) * params.heads >= kManyRows) {
     combine<Element, CombineManyRows>(params, stream);

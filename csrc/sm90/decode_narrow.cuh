@@ -17,10 +17,11 @@ constexpr int kGroupBlocks = kLatentDim / 64 / 2;  // blocks of 64 output column
 template <typename Element, int kN>
 struct alignas(1024) NarrowShared {
   ColumnBlock<Element> tile[2][kColumnBlocks];
-  Element query[kColumnBlocks][kN][64];
-  Element probabilities[2][kN][64];  // per warpgroup, like all that follows
-  float exchange[2][4][kN];          // and warp: column maxima, at the end column sums
-  Pipeline<2> pipeline;
+  Element query[2][kColumnBlocks][kN][64];
+  Element probabilities[2][kN][64];  // per warpgroup
+  float exchange[2][4][kN];          // per warpgroup and warp: column maxima, at the end column sums
+  Piece work[2];
+  Pipeline<2> tiles, queries;
 };
 
 // Over the eight lanes that hold a column of an accumulator.
@@ -47,21 +48,12 @@ __device__ void consume_narrow(const DecodeParams& params, NarrowShared<Element,
 
   const uint32_t probabilities = ptx::shared_address(shared.probabilities[group]);
   int number = 0;  // of tiles so far
-  Piece piece;
-  for (Pieces pieces(params, blockIdx.x); pieces.take(piece);) {
-    const int first_token = params.query_start_loc[piece.request];
-    const int queries = params.query_start_loc[piece.request + 1] - first_token;
-    const int seq_len = params.seq_lens[piece.request];
-    const int rows = queries * params.heads;
-    if (rows == 0) continue;
-    load_queries<Element, kN, kLatentDim, kRopeDim>(
-        params, first_token, 0, rows, 0, 0,
-        [&](int row, int chunk) { return ptx::shared_address(shared.query[chunk / 8]) + swizzled_128(row, chunk % 8); },
-        [&](int row, int chunk) { return ptx::shared_address(shared.query[kLatentDim / 64]) + swizzled_128(row, chunk); });
-
-    int query_of[kColumns];
-#pragma unroll
-    for (int c = 0; c < kColumns; ++c) query_of[c] = min(own_column(c) / params.heads, queries - 1);
+  for (int pieces = 0;; ++pieces) {
+    const int query_stage = shared.queries.stage(pieces);
+    shared.queries.wait_full(pieces);
+    const Piece piece = shared.work[query_stage];
+    if (piece.tiles() == 0) break;
+    const int queries = piece.queries, seq_len = piece.seq_len;
     const int all_visible = params.causal ? seq_len - queries + 1 : seq_len;
 
     float out[kGroupBlocks][kN / 2] = {};
@@ -71,18 +63,18 @@ __device__ void consume_narrow(const DecodeParams& params, NarrowShared<Element,
 
     for (int t = piece.first_tile; t < piece.last_tile; ++t, ++number) {
       const int first = t * kTileTokens;
-      ColumnBlock<Element>(&tile)[kColumnBlocks] = shared.tile[shared.pipeline.stage(number)];
+      ColumnBlock<Element>(&tile)[kColumnBlocks] = shared.tile[shared.tiles.stage(number)];
       const uint32_t own_values = ptx::shared_address(tile[group * kGroupBlocks]);
-      shared.pipeline.wait_full(number);
+      shared.tiles.wait_full(number);
 
       float score[kN / 2];
-      const ptx::Matrix keys(ptx::shared_address(tile), 0, 1024), query(ptx::shared_address(shared.query), 0, 1024);
+      const ptx::Matrix keys(ptx::shared_address(tile), 0, 1024), query(ptx::shared_address(shared.query[query_stage]), 0, 1024);
       ptx::wgmma_fence();
 #pragma unroll
       for (int step = 0; step < kHeadDim / 16; ++step) {
         const uint32_t inner = step % 4 * 32;
         ptx::wgmma<Element>(score, keys.at(step / 4 * sizeof(ColumnBlock<Element>) + inner),
-                            query.at(step / 4 * sizeof(shared.query[0]) + inner), step > 0);
+                            query.at(step / 4 * sizeof(shared.query[0][0]) + inner), step > 0);
       }
       ptx::wgmma_commit();
       ptx::wgmma_wait<0>();
@@ -92,7 +84,8 @@ __device__ void consume_narrow(const DecodeParams& params, NarrowShared<Element,
       if (first + kTileTokens > all_visible) {
 #pragma unroll
         for (int k = 0; k < kN / 2; ++k) {
-          const int last_visible = params.causal ? seq_len - queries + query_of[k / 4 * 2 + k % 2] : seq_len - 1;
+          const int query_index = min(query_of_row(params, own_column(k / 4 * 2 + k % 2)), queries - 1);
+          const int last_visible = params.causal ? seq_len - queries + query_index : seq_len - 1;
           if (first + own_row + k / 2 % 2 * 8 > last_visible) score[k] = -INFINITY;
         }
         if (seq_len - first < kTileTokens) {
@@ -165,8 +158,10 @@ __device__ void consume_narrow(const DecodeParams& params, NarrowShared<Element,
       ptx::wgmma_wait<0>();
 #pragma unroll
       for (int b = 0; b < kGroupBlocks; ++b) ptx::keep(out[b]);
-      if (threadIdx.x % 128 == 0) shared.pipeline.release(number);
+      if (threadIdx.x % 128 == 0) shared.tiles.release(number);
     }
+
+    if (threadIdx.x % 128 == 0) shared.queries.release(pieces);
 
     // Denominators: over the lanes, then over the warps.
 #pragma unroll
@@ -175,18 +170,18 @@ __device__ void consume_narrow(const DecodeParams& params, NarrowShared<Element,
       if (lane < 4) shared.exchange[group][warp][own_column(c)] = sum[c];
     }
     ptx::named_barrier_sync<128>(own_barrier);
-    const Rows<Element> results(params, piece, first_token, 0, blockIdx.x);
+    const Rows<Element> results(params, piece, 0, blockIdx.x);
 #pragma unroll
     for (int c = 0; c < kColumns; ++c) {
       const int row = own_column(c);
-      if (row >= rows) continue;
+      if (row >= results.last_row) continue;
       float total = 0;
 #pragma unroll
       for (int w = 0; w < 4; ++w) total += shared.exchange[group][w][row];
       const float factor = total > 0 ? 1 / total : 0;
       const int column = group * kGroupBlocks * 64 + own_row;
       if (piece.whole()) {
-        Element* to = results.out(query_of[c], row) + column;
+        Element* to = results.out(row) + column;
 #pragma unroll
         for (int b = 0; b < kGroupBlocks; ++b) {
 #pragma unroll
@@ -204,34 +199,56 @@ __device__ void consume_narrow(const DecodeParams& params, NarrowShared<Element,
         }
       }
       if (threadIdx.x < 4) {
-        results.store_lse(query_of[c], row, total > 0 ? peak[c] * scale_log2 + log2f(total) : -INFINITY);
+        results.store_lse(row, total > 0 ? peak[c] * scale_log2 + log2f(total) : -INFINITY);
       }
     }
-    // Before the next piece overwrites the queries.
-    ptx::named_barrier_sync<kMathThreads>(kMathBarrier);
+    ptx::named_barrier_sync<128>(own_barrier);  // before the next piece overwrites the sums
   }
 }
 
 template <typename Element, int kN>
 __global__ void __launch_bounds__(kThreads, 1)
-    decode_narrow_kernel(const __grid_constant__ DecodeParams params, const __grid_constant__ CUtensorMap map) {
+    decode_narrow_kernel(const __grid_constant__ DecodeParams params, const __grid_constant__ TensorMaps maps) {
   auto& shared = shared_memory<NarrowShared<Element, kN>>();
   if (threadIdx.x == 0) {
-    ptx::prefetch_tensor_map(&map);
-    shared.pipeline.initialise(2);
+    maps.prefetch();
+    shared.tiles.initialise(2);
+    shared.queries.initialise(2);
     ptx::fence_mbarrier_init();
   }
   __syncthreads();
   run_roles(
       [&] {
-        produce(params, blockIdx.x, shared.pipeline, kHeadDim * sizeof(Element),
-                [&](int stage, int tile_row, int page, int page_row) {
+        bring_tiles(params, blockIdx.x, shared.tiles, kHeadDim * sizeof(Element),
+                    [&](int stage, int tile_row, int page, int page_row) {
 #pragma unroll
-                  for (int block = 0; block < kColumnBlocks; ++block) {
-                    ptx::tma_load(&shared.tile[stage][block][tile_row], &map, block * 64, page_row, page,
-                                  &shared.pipeline.full[stage]);
-                  }
-                });
+                      for (int block = 0; block < kColumnBlocks; ++block) {
+                        ptx::tma_load(&shared.tile[stage][block][tile_row], &maps.latent, block * 64, page_row, page,
+                                      &shared.tiles.full[stage]);
+                      }
+                    });
+      },
+      [&] {
+        bring_queries(
+            params, blockIdx.x, shared.queries, shared.work, params.block_rows * kHeadDim * sizeof(Element),
+            [&](int stage, int token) {
+#pragma unroll
+              for (int block = 0; block < kColumnBlocks; ++block) {
+                const bool rope = block == kLatentDim / 64;
+                ptx::tma_load(&shared.query[stage][block], rope ? &maps.rope_query : &maps.latent_query,
+                              rope ? 0 : block * 64, 0, token, &shared.queries.full[stage]);
+              }
+            },
+            [&](int stage, const Piece& piece) {
+              const auto place = [&](int row, int chunk) {
+                return ptx::shared_address(shared.query[stage][chunk / 8]) + swizzled_128(row, chunk % 8);
+              };
+              copy_rows<kLatentDim / 8>(params, query_latent<Element>(params, piece), params.q_nope_token_stride,
+                                        params.q_nope_head_stride, 0, piece.rows(params), place);
+              copy_rows<kRopeDim / 8>(
+                  params, query_rope<Element>(params, piece), params.q_pe_token_stride, params.q_pe_head_stride, 0,
+                  piece.rows(params), [&](int row, int chunk) { return place(row, kLatentDim / 8 + chunk); });
+            });
       },
       [&] { consume_narrow<Element, kN>(params, shared); });
 }

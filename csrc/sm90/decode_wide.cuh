@@ -36,7 +36,9 @@ struct alignas(1024) WideShared {
   float2 factors[128];
   float4 statistics[128];
   uint64_t scores_full[2], scores_free[2], probabilities_full, probabilities_free, statistics_full;
-  Pipeline<kRows == 128 ? 3 : 4> pipeline;
+  Piece work[2];
+  Pipeline<kRows == 128 ? 3 : 4> tiles;
+  Pipeline<1> queries;
 };
 
 template <typename Element, int kRows>
@@ -60,22 +62,13 @@ class WideConsumer {
         scale_log2(params.softmax_scale * kLog2E) {}
 
   __device__ __forceinline__ void run() {
-    for (Pieces pieces(params, blockIdx.x / 2); pieces.take(piece);) {
-      first_token = params.query_start_loc[piece.request];
-      queries = params.query_start_loc[piece.request + 1] - first_token;
-      seq_len = params.seq_lens[piece.request];
-      rows = queries * params.heads;
-      const int block_row = blockIdx.y * kRows;
-      if (block_row >= rows) continue;
-      load_queries<Element, kRows, kBlockLatent, kBlockRope>(
-          params, first_token, block_row, rows, rank * kBlockLatent, rank * kBlockRope,
-          [&](int row, int chunk) {
-            return ptx::shared_address(shared.query.latent[chunk / 8]) + swizzled_128(row, chunk % 8);
-          },
-          [&](int row, int chunk) { return ptx::shared_address(shared.query.rope) + swizzled_64(row, chunk); });
+    for (;; ++pieces_done) {
+      shared.queries.wait_full(pieces_done);
+      if (piece().tiles() == 0) break;
       group_row = kSharesRows ? 0 : group * 64;
-      first_row = block_row + group_row;
-      tiles = kSharesRows ? (piece.tiles() + 1 - group) / 2 : piece.tiles();
+      first_row = blockIdx.y * params.block_rows + group_row;
+      tiles = kSharesRows ? (piece().tiles() + 1 - group) / 2 : piece().tiles();
+      tokens = piece().seq_len - piece().first_tile * kTileTokens;
 
       float out[128];
       float factor[2];
@@ -89,28 +82,39 @@ class WideConsumer {
       } else {
         store<0, 128>(out, factor);
       }
-      tiles_before += piece.tiles();
+      tiles_before += piece().tiles();
       tiles_done += tiles;
-      ++pieces_done;
-      // Before the next piece overwrites the queries.
-      ptx::named_barrier_sync<kMathThreads>(kMathBarrier);
     }
   }
 
  private:
-  // This warpgroup's tiles are counted from 0; number() counts those of the block, token() is the first of a tile.
+  // Read anew where it is needed once: registers are scarce.
+  __device__ __forceinline__ const Piece& piece() const { return shared.work[pieces_done & 1]; }
+
+  // This warpgroup's tiles are counted from 0; number() counts those of the block, token() is the first of a tile. Tokens
+  // are counted from the first one of the piece.
   __device__ __forceinline__ int in_piece(int tile) const { return kSharesRows ? 2 * tile + group : tile; }
   __device__ __forceinline__ int number(int tile) const { return tiles_before + in_piece(tile); }
-  __device__ __forceinline__ int token(int tile) const { return (piece.first_tile + in_piece(tile)) * kTileTokens; }
+  __device__ __forceinline__ int token(int tile) const { return in_piece(tile) * kTileTokens; }
+
+  // Both warpgroups have to. With the same rows they still need the place of the queries, to add up their results.
+  __device__ __forceinline__ void release_queries() {
+    if (!kSharesRows && thread == 0) shared.queries.release(pieces_done);
+  }
+
+  // Query of one of this warpgroup's rows, the last one for rows past it.
+  __device__ __forceinline__ int query_of(int row) const {
+    return min(query_of_row(params, first_row + row), piece().queries - 1);
+  }
 
   // How often the owner has sent factors before those of a tile: once per tile, and once at the end of a piece.
   __device__ __forceinline__ int factors_before(int tile) const { return tiles_done + pieces_done + tile; }
 
-  __device__ __forceinline__ void await(int tile) { shared.pipeline.wait_full(number(tile)); }
+  __device__ __forceinline__ void await(int tile) { shared.tiles.wait_full(number(tile)); }
 
   // Scores of this warpgroup's rows with a tile, over the numbers that this block has of both.
   __device__ __forceinline__ void start_scores(float (&score)[32], int tile) {
-    auto& keys = shared.tile[shared.pipeline.stage(number(tile))];
+    auto& keys = shared.tile[shared.tiles.stage(number(tile))];
     const ptx::Matrix q(ptx::shared_address(shared.query.latent) + group_row * 128, 0, 1024);
     const ptx::Matrix k(ptx::shared_address(keys.latent), 0, 1024);
     const ptx::Matrix q_rope(ptx::shared_address(shared.query.rope) + group_row * 64, 0, 512, ptx::Swizzle::k64Bytes);
@@ -132,8 +136,8 @@ class WideConsumer {
   // Add probabilities times values of a tile to the output.
   __device__ __forceinline__ void start_values(float (&out)[128], const uint32_t (&probability)[16],
                                                int tile) {
-    auto& latent = shared.tile[shared.pipeline.stage(number(tile))].latent;
-    if (const int valid = seq_len - token(tile); valid < kTileTokens) {
+    auto& latent = shared.tile[shared.tiles.stage(number(tile))].latent;
+    if (const int valid = tokens - token(tile); valid < kTileTokens) {
       clear_rows_from(valid, latent, kMathBarrier + 1 + group);
     }
     const ptx::Matrix values(ptx::shared_address(latent), sizeof(ColumnBlock<Element>), 1024);
@@ -151,7 +155,7 @@ class WideConsumer {
   __device__ __forceinline__ void finish_values(float (&out)[128], int tile) {
     ptx::wgmma_wait<kPending>();
     ptx::keep(out);
-    if (thread == 0) shared.pipeline.release(number(tile));
+    if (thread == 0) shared.tiles.release(number(tile));
   }
 
   __device__ __forceinline__ void rescale(float (&out)[128], const float (&decay)[2]) {
@@ -167,11 +171,12 @@ class WideConsumer {
     // Position of the last token that each own row sees, and the last one that all of them see.
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      const int query = min((first_row + own_row + 8 * i) / params.heads, queries - 1);
-      last_visible[i] = params.causal ? seq_len - queries + query : seq_len - 1;
+      last_visible[i] = tokens - 1;
+      if (params.causal) last_visible[i] -= piece().queries - 1 - query_of(own_row + 8 * i);
       peak[i] = -INFINITY, sum[i] = 0;
     }
-    all_visible = params.causal ? seq_len - queries + min(first_row / params.heads, queries - 1) + 1 : seq_len;
+    all_visible = tokens;
+    if (params.causal) all_visible -= piece().queries - 1 - query_of(0);
 
     float score[32], decay[2];
     uint32_t probability[16];
@@ -195,6 +200,7 @@ class WideConsumer {
         softmax(score, decay, probability, tile);
         rescale(out, decay);
       }
+      release_queries();
       start_values(out, probability, tiles - 1);
       finish_values<0>(out, tiles - 1);
     }
@@ -216,12 +222,12 @@ class WideConsumer {
     for (int i = 0; i < 2; ++i) factor[i] = total[i] > 0 ? weight[i] / total[i] : 0;
     send_factors(factor, begin_message(tiles));
     if (lane % 4 == 0 && (group == 0 || !kSharesRows)) {
-      const Rows<Element> results(params, piece, first_token, blockIdx.y, blockIdx.x / 2);
+      const Rows<Element> results(params, piece(), blockIdx.y, blockIdx.x / 2);
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
         const int row = first_row + own_row + 8 * i;
-        if (row >= rows) continue;
-        results.store_lse(row / params.heads, row, total[i] > 0 ? both_peak[i] * scale_log2 + log2f(total[i]) : -INFINITY);
+        if (row >= results.last_row) continue;
+        results.store_lse(row, total[i] > 0 ? both_peak[i] * scale_log2 + log2f(total[i]) : -INFINITY);
       }
     }
   }
@@ -311,6 +317,7 @@ class WideConsumer {
     if (kAhead > 0) send_scores(0);
     for (int tile = 0; tile < tiles; ++tile) {
       if (tile + kAhead < tiles) send_scores(tile + kAhead);
+      if (tile == tiles - 1) release_queries();
       receive<true>(decay, probability, tile);
       if (tile > 0) rescale(out, decay);
       start_values(out, probability, tile);
@@ -383,6 +390,8 @@ class WideConsumer {
         }
       }
     }
+    ptx::named_barrier_sync<128>(kMathBarrier + 1 + group);
+    if (thread == 0) shared.queries.release(pieces_done);
     const float one[2] = {1, 1};
     if (group == 0) {
       store<0, 64>(out, one);
@@ -394,13 +403,13 @@ class WideConsumer {
   // Write accumulators kBegin to kEnd (not included) of the own rows, times their factors.
   template <int kBegin, int kEnd>
   __device__ __forceinline__ void store(const float (&out)[128], const float (&factor)[2]) {
-    const Rows<Element> results(params, piece, first_token, blockIdx.y, blockIdx.x / 2);
+    const Rows<Element> results(params, piece(), blockIdx.y, blockIdx.x / 2);
     const int column = rank * kBlockLatent + own_column;
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       const int row = first_row + own_row + 8 * i;
-      if (row >= rows) continue;
-      if (!piece.whole()) {
+      if (row >= results.last_row) continue;
+      if (!results.whole) {
         float* to = results.partial_out(row) + column;
 #pragma unroll
         for (int j = kBegin; j < kEnd; j += 4) {
@@ -408,7 +417,7 @@ class WideConsumer {
         }
         continue;
       }
-      Element* to = results.out(row / params.heads, row) + column;
+      Element* to = results.out(row) + column;
 #pragma unroll
       for (int j = kBegin; j < kEnd; j += 4) {
         const uint32_t two = pack<Element>(out[j + i * 2] * factor[i], out[j + i * 2 + 1] * factor[i]);
@@ -429,9 +438,8 @@ class WideConsumer {
   const int own_row, own_column;
   const float scale_log2;  // scores in base 2: exp2 is one instruction
 
-  Piece piece;
-  int first_token, queries, seq_len, rows;  // of the piece's request
   int group_row, first_row;                 // the warpgroup's first row in the block of rows, and in the request
+  int tokens;                               // of the request, from the piece's first on
   int tiles, tiles_before = 0;              // the warpgroup's of this piece; the block's of all pieces before
   int last_visible[2], all_visible;
   float peak[2], sum[2];
@@ -440,13 +448,12 @@ class WideConsumer {
 
 template <typename Element, int kRows>
 __global__ void __cluster_dims__(2) __launch_bounds__(kThreads, 1)
-    decode_wide_kernel(const __grid_constant__ DecodeParams params, const __grid_constant__ CUtensorMap latent_map,
-                       const __grid_constant__ CUtensorMap rope_map) {
+    decode_wide_kernel(const __grid_constant__ DecodeParams params, const __grid_constant__ TensorMaps maps) {
   auto& shared = shared_memory<WideShared<Element, kRows>>();
   if (threadIdx.x == 0) {
-    ptx::prefetch_tensor_map(&latent_map);
-    ptx::prefetch_tensor_map(&rope_map);
-    shared.pipeline.initialise(kRows / 64);
+    maps.prefetch();
+    shared.tiles.initialise(kRows / 64);
+    shared.queries.initialise(2);
     for (int i = 0; i < 2; ++i) {
       ptx::mbarrier_init(&shared.scores_full[i], 1);
       ptx::mbarrier_init(&shared.scores_free[i], 4);  // a lane of each of the warpgroup's warps
@@ -457,20 +464,45 @@ __global__ void __cluster_dims__(2) __launch_bounds__(kThreads, 1)
     ptx::fence_mbarrier_init();
   }
   ptx::cluster_sync();
+  const int rank = ptx::cluster_rank(), worker = blockIdx.x / 2;
   run_roles(
       [&] {
-        const int rank = ptx::cluster_rank();
-        produce(params, blockIdx.x / 2, shared.pipeline, (kBlockLatent + kBlockRope) * sizeof(Element),
-                [&](int stage, int tile_row, int page, int page_row) {
-                  auto& tile = shared.tile[stage];
-                  uint64_t* full = &shared.pipeline.full[stage];
+        bring_tiles(params, worker, shared.tiles, (kBlockLatent + kBlockRope) * sizeof(Element),
+                    [&](int stage, int tile_row, int page, int page_row) {
+                      auto& tile = shared.tile[stage];
+                      uint64_t* full = &shared.tiles.full[stage];
 #pragma unroll
-                  for (int block = 0; block < kLatentBlocks; ++block) {
-                    ptx::tma_load(&tile.latent[block][tile_row], &latent_map, rank * kBlockLatent + block * 64, page_row,
-                                  page, full);
-                  }
-                  ptx::tma_load(&tile.rope[tile_row], &rope_map, kLatentDim + rank * kBlockRope, page_row, page, full);
-                });
+                      for (int block = 0; block < kLatentBlocks; ++block) {
+                        ptx::tma_load(&tile.latent[block][tile_row], &maps.latent, rank * kBlockLatent + block * 64,
+                                      page_row, page, full);
+                      }
+                      ptx::tma_load(&tile.rope[tile_row], &maps.rope, kLatentDim + rank * kBlockRope, page_row, page, full);
+                    });
+      },
+      [&] {
+        bring_queries(
+            params, worker, shared.queries, shared.work, params.block_rows * (kBlockLatent + kBlockRope) * sizeof(Element),
+            [&](int, int token) {
+#pragma unroll
+              for (int block = 0; block < kLatentBlocks; ++block) {
+                ptx::tma_load(&shared.query.latent[block], &maps.latent_query, rank * kBlockLatent + block * 64, 0, token,
+                              &shared.queries.full[0]);
+              }
+              ptx::tma_load(&shared.query.rope, &maps.rope_query, rank * kBlockRope, 0, token, &shared.queries.full[0]);
+            },
+            [&](int, const Piece& piece) {
+              const int first_row = blockIdx.y * params.block_rows;
+              const int last_row = min(first_row + params.block_rows, piece.rows(params));
+              copy_rows<kBlockLatent / 8>(
+                  params, query_latent<Element>(params, piece) + rank * kBlockLatent, params.q_nope_token_stride,
+                  params.q_nope_head_stride, first_row, last_row, [&](int row, int chunk) {
+                    return ptx::shared_address(shared.query.latent[chunk / 8]) + swizzled_128(row, chunk % 8);
+                  });
+              copy_rows<kBlockRope / 8>(
+                  params, query_rope<Element>(params, piece) + rank * kBlockRope, params.q_pe_token_stride,
+                  params.q_pe_head_stride, first_row, last_row,
+                  [&](int row, int chunk) { return ptx::shared_address(shared.query.rope) + swizzled_64(row, chunk); });
+            });
       },
       [&] { WideConsumer<Element, kRows>(params, shared).run(); });
   ptx::cluster_sync();  // until then the other block may still store into this one

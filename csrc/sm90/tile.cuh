@@ -6,6 +6,7 @@
 
 namespace mla_backend::sm90 {
 
+// A thread block's threads: two warpgroups do the mathematics; of a third, a warp brings tiles and another one queries.
 constexpr int kMathThreads = 256;
 constexpr int kThreads = kMathThreads + 128;
 constexpr int kMathBarrier = 1;  // named barrier of the two mathematics warpgroups
@@ -21,13 +22,27 @@ __device__ __forceinline__ uint32_t swizzled_128(int row, int chunk) { return ro
 // The same in rows of 64 bytes with the 64-byte swizzle.
 __device__ __forceinline__ uint32_t swizzled_64(int row, int chunk) { return row * 64 + ((chunk ^ (row >> 1 & 3)) << 4); }
 
-// The stages that tiles lie in, and the barriers that say when one is full of a tile and when it is empty again.
+// How the copy engine reads the cache, [pages, page_size, 576], and the queries, [tokens, heads, 512] and [tokens, heads, 64].
+// `latent` reads 64 columns at a time; those of `rope` are for kernels that read fewer rotary columns at a time.
+struct TensorMaps {
+  CUtensorMap latent, rope, latent_query, rope_query;
+
+  __device__ void prefetch() const {
+    ptx::prefetch_tensor_map(&latent);
+    ptx::prefetch_tensor_map(&rope);
+    ptx::prefetch_tensor_map(&latent_query);
+    ptx::prefetch_tensor_map(&rope_query);
+  }
+};
+
+// The stages that tiles or queries lie in, and the barriers that say when one is full and when it is empty again. `number`
+// counts what has been brought to this block so far.
 template <int kStages_>
 struct Pipeline {
   static constexpr int kStages = kStages_;
   uint64_t full[kStages], empty[kStages];
 
-  __device__ static int stage(int tile) { return tile % kStages; }
+  __device__ static int stage(int number) { return number % kStages; }
 
   __device__ void initialise(int consumers) {
     for (int i = 0; i < kStages; ++i) {
@@ -36,16 +51,15 @@ struct Pipeline {
     }
   }
 
-  // `tile` counts the tiles of this block so far.
-  __device__ void wait_full(int tile) { ptx::mbarrier_wait(&full[stage(tile)], tile / kStages & 1); }
-  __device__ void wait_empty(int tile) { ptx::mbarrier_wait(&empty[stage(tile)], (tile / kStages & 1) ^ 1); }
-  __device__ void release(int tile) { ptx::mbarrier_arrive(&empty[stage(tile)]); }
+  __device__ void wait_full(int number) { ptx::mbarrier_wait(&full[stage(number)], number / kStages & 1); }
+  __device__ void wait_empty(int number) { ptx::mbarrier_wait(&empty[stage(number)], (number / kStages & 1) ^ 1); }
+  __device__ void release(int number) { ptx::mbarrier_arrive(&empty[stage(number)]); }
 };
 
-// The producer warp: bring the tiles of this worker's share, stage after stage, as consumers empty them. `load(stage,
+// The tile warp: bring the tiles of this worker's share, stage after stage, as consumers empty them. `load(stage,
 // tile_row, page, page_row)` starts the copies of a box of tokens, `token_bytes` for each of them.
 template <typename Pipeline, typename Load>
-__device__ void produce(const DecodeParams& params, int worker, Pipeline& pipeline, int token_bytes, Load load) {
+__device__ void bring_tiles(const DecodeParams& params, int worker, Pipeline& pipeline, int token_bytes, Load load) {
   const int lane = threadIdx.x % 32;
   const int box_tokens = min(params.page_size, kTileTokens), tile_boxes = kTileTokens / box_tokens;
   int number = 0;
@@ -55,13 +69,12 @@ __device__ void produce(const DecodeParams& params, int worker, Pipeline& pipeli
     const int32_t* pages = params.block_table + piece.request * params.block_table_stride;
     const int first_box = piece.first_tile * tile_boxes;
     int boxes = piece.last_tile * tile_boxes;
-    const int seq_len = params.seq_lens[piece.request];
+    const int seq_len = piece.seq_len;
     if (tile_boxes > 1) boxes = min(boxes, (seq_len + box_tokens - 1) / box_tokens);
     const auto page_of = [&](int box) { return box < boxes ? pages[box * box_tokens / params.page_size] : 0; };
     int page = page_of(first_box + lane), next_page = page_of(first_box + 32 + lane);
 
-    const int queries = params.query_start_loc[piece.request + 1] - params.query_start_loc[piece.request];
-    if (static_cast<int>(blockIdx.y) * params.block_rows >= queries * params.heads) continue;
+    if (static_cast<int>(blockIdx.y) * params.block_rows >= piece.rows(params)) continue;
     for (int tile = piece.first_tile; tile < piece.last_tile; ++tile, ++number) {
       const int index = (tile - piece.first_tile) * tile_boxes;
       if (index % 32 == 0 && index > 0) {
@@ -81,55 +94,68 @@ __device__ void produce(const DecodeParams& params, int worker, Pipeline& pipeli
   }
 }
 
+template <typename Element>
+__device__ __forceinline__ const Element* query_latent(const DecodeParams& params, const Piece& piece) {
+  return static_cast<const Element*>(params.q_nope) + piece.first_token * params.q_nope_token_stride;
+}
+
+template <typename Element>
+__device__ __forceinline__ const Element* query_rope(const DecodeParams& params, const Piece& piece) {
+  return static_cast<const Element*>(params.q_pe) + piece.first_token * params.q_pe_token_stride;
+}
+
 // Bring kChunks x 8 columns of a block of query rows, [tokens, heads, columns] from `from` on, to where place(row, chunk)
-// says; rows past the request's become zeros. All are under way at once where they can be.
-template <int kRows, int kChunks, typename Element, typename Place>
-__device__ __forceinline__ void copy_rows(const DecodeParams& params, const Element* from, int64_t token_stride,
-                                          int64_t head_stride, int first_row, int rows, Place place) {
-  constexpr int kStep = kMathThreads / kChunks;  // rows at a time
-  const int chunk = threadIdx.x % kChunks;
-  from += chunk * 8;
-  // Division by the number of heads is slow: from one step to the next only additions are left.
-  int row = threadIdx.x / kChunks, token = (first_row + row) / params.heads, head = (first_row + row) % params.heads;
-  const int token_step = kStep / params.heads, head_step = kStep % params.heads;
-  const auto advance = [&] {
-    row += kStep, token += token_step, head += head_step;
-    if (head >= params.heads) head -= params.heads, ++token;
-  };
-  if (params.queries_are_vectors) {
-#pragma unroll
-    for (int step = 0; step < (kRows + kStep - 1) / kStep; ++step, advance()) {
-      const bool exists = first_row + row < rows;
-      if (kRows % kStep == 0 || row < kRows) {
-        ptx::copy_async(place(row, chunk), exists ? from + token * token_stride + head * head_stride : from, exists ? 16 : 0);
-      }
-    }
-  } else {
+// says, without the copy engine, which cannot read rows that begin anywhere. Called by a warp.
+template <int kChunks, typename Element, typename Place>
+__device__ void copy_rows(const DecodeParams& params, const Element* from, int64_t token_stride, int64_t head_stride,
+                          int first_row, int last_row, Place place) {
 #pragma unroll 1
-    for (; row < kRows; advance()) {
-      Element elements[8] = {};
+  for (int i = threadIdx.x % 32; i < (last_row - first_row) * kChunks; i += 32) {
+    const int block_row = i / kChunks, chunk = i % kChunks, row = first_row + block_row;
+    const int query = query_of_row(params, row), head = row - query * params.heads;
+    Element elements[8];
 #pragma unroll
-      for (int e = 0; e < 8; ++e) {
-        if (first_row + row < rows) elements[e] = from[token * token_stride + head * head_stride + e];
-      }
-      ptx::store_shared(place(row, chunk), reinterpret_cast<const uint4&>(elements));
-    }
+    for (int e = 0; e < 8; ++e) elements[e] = from[query * token_stride + head * head_stride + chunk * 8 + e];
+    ptx::store_shared(place(block_row, chunk), reinterpret_cast<const uint4&>(elements));
   }
 }
 
-// Bring a block of query rows into shared memory: kLatent columns from first_latent on and kRope from first_rope on.
-template <typename Element, int kRows, int kLatent, int kRope, typename PlaceLatent, typename PlaceRope>
-__device__ __forceinline__ void load_queries(const DecodeParams& params, int first_token, int first_row, int rows,
-                                             int first_latent, int first_rope, PlaceLatent latent, PlaceRope rope) {
-  copy_rows<kRows, kLatent / 8>(
-      params, static_cast<const Element*>(params.q_nope) + first_token * params.q_nope_token_stride + first_latent,
-      params.q_nope_token_stride, params.q_nope_head_stride, first_row, rows, latent);
-  copy_rows<kRows, kRope / 8>(
-      params, static_cast<const Element*>(params.q_pe) + first_token * params.q_pe_token_stride + first_rope,
-      params.q_pe_token_stride, params.q_pe_head_stride, first_row, rows, rope);
-  ptx::wait_for_copies();
-  ptx::fence_proxy_async();
-  ptx::named_barrier_sync<kMathThreads>(kMathBarrier);
+// The query warp: bring a block of query rows for every piece of this worker's share, and with it say in work[2] what the
+// piece is; after the last a piece without tiles. `load(stage, token)` starts the copies of the block that begins with this
+// query token, `bytes` in all; `copy(stage, piece)` does the same without the copy engine. Rows past the request's are
+// whatever lies there, and nobody looks at what becomes of them.
+template <typename Pipeline, typename Load, typename Copy>
+__device__ void bring_queries(const DecodeParams& params, int worker, Pipeline& pipeline, Piece* work, int bytes, Load load,
+                              Copy copy) {
+  const int lane = threadIdx.x % 32;
+  int number = 0;
+  Piece piece;
+  for (Pieces pieces(params, worker); pieces.take(piece);) {
+    const int first_row = blockIdx.y * params.block_rows;
+    if (first_row >= piece.rows(params)) continue;
+    const int stage = pipeline.stage(number);
+    pipeline.wait_empty(number);
+    if (!params.queries_are_vectors) {
+      copy(stage, piece);
+      ptx::fence_proxy_async();
+    }
+    __syncwarp();
+    if (lane == 0) {
+      work[number & 1] = piece;
+      if (params.queries_are_vectors) {
+        ptx::mbarrier_arrive_expect_tx(&pipeline.full[stage], bytes);
+        load(stage, piece.first_token + query_of_row(params, first_row));
+      } else {
+        ptx::mbarrier_arrive(&pipeline.full[stage]);
+      }
+    }
+    ++number;
+  }
+  pipeline.wait_empty(number);
+  if (lane == 0) {
+    work[number & 1] = {};
+    ptx::mbarrier_arrive(&pipeline.full[pipeline.stage(number)]);
+  }
 }
 
 // What lies in a tile past the request's last token would meet probability 0, and 0 x NaN is NaN: make it zeros.
@@ -159,29 +185,32 @@ template <typename Element>
 struct Rows {
   const DecodeParams& params;
   bool whole;
-  int first_token, block_row;
+  int first_token;
+  int first_row, last_row;  // of this block's rows, and past them
   int64_t first_partial_row;
 
-  __device__ Rows(const DecodeParams& params, const Piece& piece, int first_token, int row_block, int worker)
+  __device__ Rows(const DecodeParams& params, const Piece& piece, int row_block, int worker)
       : params(params),
         whole(piece.whole()),
-        first_token(first_token),
-        block_row(row_block * params.block_rows),
+        first_token(piece.first_token),
+        first_row(row_block * params.block_rows),
+        last_row(min(first_row + params.block_rows, piece.rows(params))),
         first_partial_row(partial_row(params, row_block, worker, piece.begins_share)) {}
 
-  // `query` is row / heads, which is slow to compute.
-  __device__ __forceinline__ Element* out(int query, int row) const {
+  __device__ __forceinline__ Element* out(int row) const {
+    const int query = query_of_row(params, row);
     return static_cast<Element*>(params.out) + (first_token + query) * params.out_token_stride +
            (row - query * params.heads) * params.out_head_stride;
   }
 
   __device__ __forceinline__ float* partial_out(int row) const {
-    return params.partial_out + (first_partial_row + row - block_row) * kLatentDim;
+    return params.partial_out + (first_partial_row + row - first_row) * kLatentDim;
   }
 
-  __device__ __forceinline__ void store_lse(int query, int row, float log2_sum) const {
+  __device__ __forceinline__ void store_lse(int row, float log2_sum) const {
+    const int query = query_of_row(params, row);
     if (!whole) {
-      params.partial_lse[first_partial_row + row - block_row] = log2_sum;
+      params.partial_lse[first_partial_row + row - first_row] = log2_sum;
     } else if (params.lse != nullptr) {
       params.lse[(first_token + query) * params.lse_token_stride + (row - query * params.heads) * params.lse_head_stride] =
           log2_sum * kLn2;
@@ -217,16 +246,20 @@ __device__ Shared& shared_memory() {
   return *reinterpret_cast<Shared*>((reinterpret_cast<uintptr_t>(memory) + 1023) & ~1023ull);
 }
 
-// Divide the block's threads into a producer warp and two mathematics warpgroups. Together they can have at most the
-// registers that the block was started with (168 for each of 384 threads), or the increase waits for ever.
-template <typename Produce, typename Consume>
-__device__ void run_roles(Produce produce_tiles, Consume consume) {
-  if (threadIdx.x >= kMathThreads) {
-    ptx::setmaxnreg_dec<40>();
-    if (threadIdx.x < kMathThreads + 32) produce_tiles();
-  } else {
+// Divide the block's threads into their roles. Together they can have at most the registers that the block was started with
+// (168 for each of 384 threads), or the increase waits for ever.
+template <typename Tiles, typename Queries, typename Consume>
+__device__ void run_roles(Tiles tiles, Queries queries, Consume consume) {
+  if (threadIdx.x < kMathThreads) {
     ptx::setmaxnreg_inc<232>();
     consume();
+  } else {
+    ptx::setmaxnreg_dec<40>();
+    if (threadIdx.x < kMathThreads + 32) {
+      tiles();
+    } else if (threadIdx.x < kMathThreads + 64) {
+      queries();
+    }
   }
 }
 

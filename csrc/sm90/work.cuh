@@ -47,10 +47,17 @@ struct Piece {
   int request;
   int first_tile, last_tile, request_tiles;
   bool begins_share;  // it is the first of its worker's share, whose partial results go to the first of two places
+  int first_token, queries, seq_len;  // of the request
 
   __device__ int tiles() const { return last_tile - first_tile; }
   __device__ bool whole() const { return first_tile == 0 && last_tile == request_tiles; }
+  __device__ int rows(const DecodeParams& params) const { return queries * params.heads; }
 };
+
+// row / heads, without a division.
+__device__ __forceinline__ int query_of_row(const DecodeParams& params, int row) {
+  return params.heads == 1 ? row : __umulhi(row, params.heads_reciprocal);
+}
 
 class Pieces {
  public:
@@ -83,7 +90,9 @@ class Pieces {
     if (next_ >= end_) return false;
     while (params_.request_tiles[request_ + 1] <= next_) ++request_;
     const int begin = params_.request_tiles[request_], end = params_.request_tiles[request_ + 1];
-    piece = {request_, next_ - begin, min(end, end_) - begin, end - begin, next_ == share_begin_};
+    const int first_token = params_.query_start_loc[request_], end_token = params_.query_start_loc[request_ + 1];
+    piece = {request_, next_ - begin, min(end, end_) - begin, end - begin, next_ == share_begin_,
+             first_token, end_token - first_token, params_.seq_lens[request_]};
     next_ = begin + piece.last_tile;
     return true;
   }

@@ -62,7 +62,7 @@ void decode(Kernel kernel, DecodeParams& params, const Cache& cache, CUtensorMap
 
   const auto of_cache = [&](int columns) {
     return encode(type, cache.data, kHeadDim, params.page_size, cache.pages, cache.token_stride, cache.page_stride, columns,
-                  std::min(params.page_size, kTileTokens), 1);
+                  std::min(params.page_size, kTileTokens / kCluster), 1);
   };
   const auto of_queries = [&](const void* data, int columns, int64_t token_stride, int64_t head_stride, int box_columns) {
     return encode(type, data, columns, params.heads, params.tokens, head_stride, token_stride, box_columns, params.heads,

@@ -57,9 +57,9 @@ __device__ void consume_narrow(const DecodeParams& params, NarrowShared<Element,
     const int all_visible = params.causal ? seq_len - queries + 1 : seq_len;
 
     float out[kGroupBlocks][kN / 2] = {};
-    float peak[kColumns], sum[kColumns] = {};
+    float reference[kColumns], sum[kColumns] = {};
 #pragma unroll
-    for (int c = 0; c < kColumns; ++c) peak[c] = -INFINITY;
+    for (int c = 0; c < kColumns; ++c) reference[c] = -INFINITY;
 
     for (int t = piece.first_tile; t < piece.last_tile; ++t, ++number) {
       const int first = t * kTileTokens;
@@ -107,14 +107,14 @@ __device__ void consume_narrow(const DecodeParams& params, NarrowShared<Element,
         float tile_peak = -INFINITY;
 #pragma unroll
         for (int w = 0; w < 4; ++w) tile_peak = fmaxf(tile_peak, shared.exchange[group][w][own_column(c)]);
-        decay[c] = 1;
-        if ((tile_peak - peak[c]) * scale_log2 > kPatience) {
-          decay[c] = ptx::exp2((peak[c] - tile_peak) * scale_log2);
-          peak[c] = tile_peak;
-          sum[c] *= decay[c];
-          unchanged = false;
-        }
-        shift[c] = shift_of(peak[c], scale_log2);
+        tile_peak *= scale_log2;
+        const float followed = tile_peak - reference[c] > kPatience ? tile_peak : reference[c];
+        // A row that has seen no token yet has the reference -inf, and -inf - -inf would be NaN.
+        shift[c] = followed == -INFINITY ? 0 : followed;
+        decay[c] = ptx::exp2(reference[c] - shift[c]);
+        unchanged &= followed == reference[c];
+        reference[c] = followed;
+        sum[c] *= decay[c];
       }
 #pragma unroll
       for (int k = 0; k < kN / 2; ++k) {
@@ -199,7 +199,7 @@ __device__ void consume_narrow(const DecodeParams& params, NarrowShared<Element,
         }
       }
       if (threadIdx.x < 4) {
-        results.store_lse(row, total > 0 ? peak[c] * scale_log2 + log2f(total) : -INFINITY);
+        results.store_lse(row, total > 0 ? reference[c] + log2f(total) : -INFINITY);
       }
     }
     ptx::named_barrier_sync<128>(own_barrier);  // before the next piece overwrites the sums
@@ -219,7 +219,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   __syncthreads();
   run_roles(
       [&] {
-        bring_tiles(params, blockIdx.x, shared.tiles, kHeadDim * sizeof(Element),
+        bring_tiles<kTileTokens>(params, blockIdx.x, shared.tiles, kHeadDim * sizeof(Element),
                     [&](int stage, int tile_row, int page, int page_row) {
 #pragma unroll
                       for (int block = 0; block < kColumnBlocks; ++block) {

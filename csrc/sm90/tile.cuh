@@ -57,20 +57,21 @@ struct Pipeline {
 };
 
 // The tile warp: bring the tiles of this worker's share, stage after stage, as consumers empty them. `load(stage,
-// tile_row, page, page_row)` starts the copies of a box of tokens, `token_bytes` for each of them.
-template <typename Pipeline, typename Load>
+// token, page, page_row)` starts the copies of a box of tokens, `token_bytes` for each of them.
+template <int kMaxBoxTokens, typename Pipeline, typename Load>
 __device__ void bring_tiles(const DecodeParams& params, int worker, Pipeline& pipeline, int token_bytes, Load load) {
   const int lane = threadIdx.x % 32;
-  const int box_tokens = min(params.page_size, kTileTokens), tile_boxes = kTileTokens / box_tokens;
+  const int box_tokens = min(params.page_size, kMaxBoxTokens), tile_boxes = kTileTokens / box_tokens;
   int number = 0;
   Piece piece;
   for (Pieces pieces(params, worker); pieces.take(piece);) {
-    // The lanes hold the page numbers of the next 64 boxes. They do not wait for the length where a box is a tile.
+    // The lanes hold the page numbers of the next 64 boxes. They do not wait for the length where a tile
+    // lies in one page.
     const int32_t* pages = params.block_table + piece.request * params.block_table_stride;
     const int first_box = piece.first_tile * tile_boxes;
     int boxes = piece.last_tile * tile_boxes;
     const int seq_len = piece.seq_len;
-    if (tile_boxes > 1) boxes = min(boxes, (seq_len + box_tokens - 1) / box_tokens);
+    if (params.page_size < kTileTokens) boxes = min(boxes, (seq_len + box_tokens - 1) / box_tokens);
     const auto page_of = [&](int box) { return box < boxes ? pages[box * box_tokens / params.page_size] : 0; };
     int page = page_of(first_box + lane), next_page = page_of(first_box + 32 + lane);
 
@@ -159,25 +160,22 @@ __device__ void bring_queries(const DecodeParams& params, int worker, Pipeline& 
 }
 
 // What lies in a tile past the request's last token would meet probability 0, and 0 x NaN is NaN: make it zeros.
-// Called by a warpgroup, which meets at its named barrier.
+// Token t lies in row t ^ `swapped`. Called by a warpgroup, which meets at its named barrier.
 template <int kBlocks, typename Element>
-__device__ void clear_rows_from(int row, ColumnBlock<Element> (&tile)[kBlocks], int barrier) {
-  const int chunks = (kTileTokens - row) * 8;  // whole rows of 128 bytes, so the swizzle does not matter
-  for (int i = threadIdx.x % 128; i < chunks * kBlocks; i += 128) {
-    reinterpret_cast<uint4*>(&tile[i / chunks][row])[i % chunks] = make_uint4(0, 0, 0, 0);
+__device__ void clear_rows_from(int token, ColumnBlock<Element> (&tile)[kBlocks], int barrier, int swapped = 0) {
+  constexpr int kChunks = 8 * kBlocks;  // of 16 bytes, in a row
+  for (int i = token * kChunks + threadIdx.x % 128; i < kTileTokens * kChunks; i += 128) {
+    const int row = i / kChunks ^ swapped, chunk = i % kChunks;  // whole rows, so the swizzle does not matter
+    reinterpret_cast<uint4*>(&tile[chunk / 8][row])[chunk % 8] = make_uint4(0, 0, 0, 0);
   }
   ptx::fence_proxy_async();
   ptx::named_barrier_sync<128>(barrier);
 }
 
-// The peak that a row's probabilities are relative to follows the scores only when they have outgrown it by this power of
-// two: factors up to 256 cost no precision, and the accumulators are hardly ever scaled. (FlashAttention-4 does the same.)
+// What a row's probabilities are relative to, its reference, follows the scores only when they have outgrown it by this
+// power of two: factors up to 256 cost no precision, and the accumulators are hardly ever scaled. (FlashAttention-4 does
+// the same.)
 constexpr float kPatience = 8;
-
-// What is taken from scores before exp2: a row that has seen no token yet has the peak -inf, and -inf - -inf would be NaN.
-__device__ __forceinline__ float shift_of(float peak, float scale_log2) {
-  return peak == -INFINITY ? 0 : peak * scale_log2;
-}
 
 // Where the results of a piece go: to the output if it is a whole request, else to its worker's partial results. Rows count
 // from the request's first one.
@@ -227,6 +225,17 @@ __device__ __forceinline__ float quad_max(float x) {
 __device__ __forceinline__ float quad_sum(float x) {
   x += __shfl_xor_sync(~0u, x, 1);
   return x + __shfl_xor_sync(~0u, x, 2);
+}
+
+template <typename Element>
+__device__ __forceinline__ uint32_t scale_pair(uint32_t pair, float factor) {
+  if constexpr (std::is_same_v<Element, __nv_bfloat16>) {
+    const __nv_bfloat162 scaled = __hmul2(reinterpret_cast<const __nv_bfloat162&>(pair), __float2bfloat162_rn(factor));
+    return reinterpret_cast<const uint32_t&>(scaled);
+  } else {
+    const __half2 scaled = __hmul2(reinterpret_cast<const __half2&>(pair), __float2half2_rn(factor));
+    return reinterpret_cast<const uint32_t&>(scaled);
+  }
 }
 
 template <typename Element>

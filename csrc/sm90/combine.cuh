@@ -48,7 +48,7 @@ __global__ void __launch_bounds__(Shape::kThreads) combine_kernel(const __grid_c
   const bool owned = token < params.query_start_loc[params.requests];
   const int request = owned ? find_owner(params.query_start_loc, params.requests, token) : 0;
   const int begin = owned ? params.request_tiles[request] : 0, end = owned ? params.request_tiles[request + 1] : 0;
-  const Shares shares(params, params.request_tiles[params.requests]);
+  const Shares shares(params);
   const int first = begin < end ? shares.worker_of(begin) : 0, last = begin < end ? shares.worker_of(end - 1) : 0;
   if (begin < end && first == last) return;  // written by its only worker
   if (head >= params.heads) return;          // a whole warp: rows with several groups have a block for themselves

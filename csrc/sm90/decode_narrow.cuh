@@ -40,7 +40,7 @@ __device__ __forceinline__ float column_sum(float x) {
 template <typename Element, int kN>
 __device__ void consume_narrow(const DecodeParams& params, NarrowShared<Element, kN>& shared) {
   constexpr int kColumns = kN / 4;  // columns of an accumulator that a thread holds a part of
-  const int group = threadIdx.x / 128, warp = threadIdx.x / 32 % 4, lane = threadIdx.x % 32;
+  const int group = ptx::uniform(threadIdx.x / 128), warp = threadIdx.x / 32 % 4, lane = threadIdx.x % 32;
   const int own_row = warp * 16 + lane / 4;                                        // and the row 8 further on
   const auto own_column = [&](int c) { return c / 2 * 8 + lane % 4 * 2 + c % 2; };  // of 0 to kColumns - 1
   const int own_barrier = kMathBarrier + 1 + group;
@@ -49,7 +49,7 @@ __device__ void consume_narrow(const DecodeParams& params, NarrowShared<Element,
   const uint32_t probabilities = ptx::shared_address(shared.probabilities[group]);
   int number = 0;  // of tiles so far
   for (int pieces = 0;; ++pieces) {
-    const int query_stage = shared.queries.stage(pieces);
+    const int query_stage = ptx::uniform(shared.queries.stage(pieces));
     shared.queries.wait_full(pieces);
     const Piece piece = shared.work[query_stage];
     if (piece.tiles() == 0) break;
@@ -63,7 +63,7 @@ __device__ void consume_narrow(const DecodeParams& params, NarrowShared<Element,
 
     for (int t = piece.first_tile; t < piece.last_tile; ++t, ++number) {
       const int first = t * kTileTokens;
-      ColumnBlock<Element>(&tile)[kColumnBlocks] = shared.tile[shared.tiles.stage(number)];
+      ColumnBlock<Element>(&tile)[kColumnBlocks] = shared.tile[ptx::uniform(shared.tiles.stage(number))];
       const uint32_t own_values = ptx::shared_address(tile[group * kGroupBlocks]);
       shared.tiles.wait_full(number);
 

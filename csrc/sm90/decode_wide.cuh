@@ -59,7 +59,7 @@ class WideConsumer {
         shared(shared),
         rank(ptx::cluster_rank()),
         distance(ptx::in_block(&shared, 1 - rank) - ptx::shared_address(&shared)),
-        group(__shfl_sync(~0u, threadIdx.x / 128, 0)),
+        group(ptx::uniform(threadIdx.x / 128)),
         thread(threadIdx.x % 128),
         lane(threadIdx.x % 32),
         own_row(thread / 32 * 16 + lane / 4),
@@ -174,7 +174,7 @@ class WideConsumer {
   // Scores of this warpgroup's rows with a tile, over the numbers that this block has of both, the own tokens' first. The
   // other tokens' are sent: the other block completes them.
   __device__ __forceinline__ void compute_scores(float (&score)[32], int tile) {
-    auto& keys = shared.tile[shared.tiles.stage(number(tile))];
+    auto& keys = shared.tile[ptx::uniform(shared.tiles.stage(number(tile)))];
     const ptx::Matrix q(ptx::shared_address(shared.query.latent) + group_row() * 128, 0, 1024);
     const ptx::Matrix k(ptx::shared_address(keys.latent), 0, 1024);
     const ptx::Matrix q_rope(ptx::shared_address(shared.query.rope) + group_row() * 64, 0, 512, ptx::Swizzle::k64Bytes);
@@ -205,7 +205,7 @@ class WideConsumer {
 
   // Add probabilities times values of a tile to the output.
   __device__ __forceinline__ void start_values(float (&out)[128], const uint32_t (&probability)[16], int tile) {
-    auto& latent = shared.tile[shared.tiles.stage(number(tile))].latent;
+    auto& latent = shared.tile[ptx::uniform(shared.tiles.stage(number(tile)))].latent;
     if (const int valid = tokens - token(tile); valid < kTileTokens) {
       clear_rows_from(valid, latent, kMathBarrier + 1 + group, rank * kHalfTokens);
     }

@@ -133,6 +133,10 @@ __device__ __forceinline__ void fence_proxy_async() {
   asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 }
 
+// A value that is the same in all lanes, told to the compiler: wgmma takes descriptors from uniform registers, and others
+// would be moved there before every single one.
+__device__ __forceinline__ int uniform(int value) { return __shfl_sync(~0u, value, 0); }
+
 // --- synchronisation and registers ----------------------------------------------------------------------------------
 
 template <int kThreads>
@@ -200,10 +204,7 @@ struct Matrix {
 
   __device__ __forceinline__ Matrix(uint32_t address, uint32_t leading, uint32_t stride, Swizzle swizzle = Swizzle::k128Bytes)
       : descriptor(static_cast<uint64_t>((address & 0x3FFFF) >> 4) | static_cast<uint64_t>(leading >> 4) << 16 |
-                   static_cast<uint64_t>(stride >> 4) << 32 | static_cast<uint64_t>(swizzle) << 62) {
-    // Or the descriptors of all steps of a product are computed before the loop over tiles, and spilled.
-    asm volatile("" : "+l"(descriptor));
-  }
+                   static_cast<uint64_t>(stride >> 4) << 32 | static_cast<uint64_t>(swizzle) << 62) {}
 
   // The descriptor of the matrix that begins `bytes` further on.
   __device__ __forceinline__ uint64_t at(uint32_t bytes) const { return descriptor + (bytes >> 4); }

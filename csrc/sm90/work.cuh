@@ -1,30 +1,15 @@
 // Which tiles of which request a thread block handles: the split schedule, as every kernel reads it.
 //
 // Lay the tiles of all requests end to end; `request_tiles` is their running count. Worker w of W gets the w-th of W
-// nearly equal shares, or fewer workers do where the shares would be too small to be worth a partial result. A share may begin and end inside a request, so a worker handles a few pieces of requests; of
-// these only the first and the last can be a part of their request, and so a worker has two places for partial results.
+// nearly equal shares, or fewer workers do where the shares would be too small to be worth a partial result. A share may
+// begin and end inside a request, so a worker handles a few pieces of requests; of these only the first and the last can be
+// a part of their request, and so a worker has two places for partial results. Requests of equal length get equally many
+// workers each: to leave a few idle costs less than to let most of them begin anew in the middle of their share.
 #pragma once
 
 #include "../decode.h"
 
 namespace mla_backend {
-
-struct Shares {
-  int quotient, remainder;
-
-  __device__ Shares(const DecodeParams& params, int tiles) {
-    const int workers = max(1, min(params.workers, tiles / params.least_share));
-    quotient = tiles / workers, remainder = tiles % workers;
-  }
-
-  // Of workers that get nothing too: they begin past the last tile.
-  __device__ int begin(int worker) const { return worker * quotient + min(worker, remainder); }
-
-  __device__ int worker_of(int tile) const {
-    const int larger = remainder * (quotient + 1);
-    return tile < larger ? tile / (quotient + 1) : remainder + (tile - larger) / quotient;
-  }
-};
 
 // Index of the last entry of the ascending `starts` [count + 1] that is <= value, so that value lies in
 // starts[i]:starts[i + 1]. All 32 lanes search together: two reads for a thousand entries.
@@ -41,6 +26,62 @@ __device__ __forceinline__ int find_owner(const int32_t* starts, int count, int 
   }
   return low;
 }
+
+// The shares of all workers. Made by a whole warp.
+class Shares {
+ public:
+  __device__ explicit Shares(const DecodeParams& params) {
+    // The first entries are asked for all at once, before the total tells which of them matters: a kernel cannot start
+    // before it knows its first request, and each load that waits for another one costs most of a microsecond.
+    const int lane = threadIdx.x % 32;
+#pragma unroll
+    for (int i = 0; i < kLoads; ++i) counts_[i] = params.request_tiles[min(i * 32 + lane, params.requests)];
+    const bool all_held = params.requests < kLoads * 32;
+    total = all_held ? __shfl_sync(~0u, counts_[kLoads - 1], 31) : params.request_tiles[params.requests];
+    const int workers = max(1, min(params.workers, total / params.least_share));
+    quotient_ = total / workers, remainder_ = total % workers;
+    if (all_held && total > 0 && params.requests <= workers) {
+      const int length = total / params.requests;
+      bool equal = length * params.requests == total;
+#pragma unroll
+      for (int i = 0; i < kLoads; ++i) equal &= counts_[i] == min(i * 32 + lane, params.requests) * length;
+      if (__all_sync(~0u, equal)) length_ = length, parts_ = workers / params.requests;
+    }
+  }
+
+  // First tile of a worker's share; of workers that get nothing, past the last tile.
+  __device__ int begin(int worker) const {
+    const int first = parts_ > 0 ? worker / parts_ * length_ + worker % parts_ * length_ / parts_
+                                 : worker * quotient_ + min(worker, remainder_);
+    return min(first, total);
+  }
+
+  __device__ int worker_of(int tile) const {
+    if (parts_ > 0) return tile / length_ * parts_ + ((tile % length_ + 1) * parts_ - 1) / length_;
+    const int larger = remainder_ * (quotient_ + 1);
+    return tile < larger ? tile / (quotient_ + 1) : remainder_ + (tile - larger) / quotient_;
+  }
+
+  // The request that a tile belongs to.
+  __device__ int owner(const DecodeParams& params, int tile) const {
+    if (params.requests >= kLoads * 32) return find_owner(params.request_tiles, params.requests, tile);
+    const int lane = threadIdx.x % 32;
+    int owner = -1;
+#pragma unroll
+    for (int i = 0; i < kLoads; ++i) {
+      owner += __popc(__ballot_sync(~0u, i * 32 + lane < params.requests && counts_[i] <= tile));
+    }
+    return owner;
+  }
+
+  int total;
+
+ private:
+  static constexpr int kLoads = 4;
+  int counts_[kLoads];  // the lanes hold the first entries of request_tiles
+  int quotient_, remainder_;
+  int length_ = 0, parts_ = 0;  // with requests of equal length: their tiles, and workers for each
+};
 
 // A piece of a request: its tiles first_tile to last_tile (not included), for the query rows of one block.
 struct Piece {
@@ -63,27 +104,10 @@ class Pieces {
  public:
   // Called by whole warps.
   __device__ Pieces(const DecodeParams& params, int worker) : params_(params) {
-    // The first entries are asked for all at once, before the total tells which of them matters: a kernel cannot start
-    // before it knows its first request, and each load that waits for another one costs most of a microsecond.
-    constexpr int kLoads = 4;
-    const int lane = threadIdx.x % 32;
-    int counts[kLoads];
-#pragma unroll
-    for (int i = 0; i < kLoads; ++i) counts[i] = params.request_tiles[min(i * 32 + lane, params.requests)];
-    const bool all_held = params.requests < kLoads * 32;
-    const int total = all_held ? __shfl_sync(~0u, counts[kLoads - 1], 31) : params.request_tiles[params.requests];
-    const Shares shares(params, total);
+    const Shares shares(params);
     next_ = share_begin_ = shares.begin(worker);
-    end_ = min(shares.begin(worker + 1), total);
-    if (all_held) {
-      request_ = -1;
-#pragma unroll
-      for (int i = 0; i < kLoads; ++i) {
-        request_ += __popc(__ballot_sync(~0u, i * 32 + lane < params.requests && counts[i] <= next_));
-      }
-    } else if (next_ < end_) {
-      request_ = find_owner(params.request_tiles, params.requests, next_);
-    }
+    end_ = shares.begin(worker + 1);
+    if (next_ < end_) request_ = shares.owner(params, next_);
   }
 
   __device__ bool take(Piece& piece) {

@@ -231,7 +231,7 @@ class WideConsumer {
   __device__ __forceinline__ void softmax(float (&score)[32], uint32_t* probability, int tile) {
     const int slot = message(tile) & 1;
     if (thread == 0) ptx::mbarrier_arrive_expect_tx(&shared.scores_full[group][slot], sizeof(shared.scores[0][0]));
-    ptx::mbarrier_wait_cluster(&shared.scores_full[group][slot], message(tile) >> 1 & 1);
+    ptx::mbarrier_wait(&shared.scores_full[group][slot], message(tile) >> 1 & 1);
 #pragma unroll
     for (int j = 0; j < 4; ++j) {
       const float4 theirs = shared.scores[group][slot][j][thread];
@@ -266,7 +266,7 @@ class WideConsumer {
       shift[i] = own_reference[i] == -INFINITY ? 0 : own_reference[i];
       own_sum[i] = 0;
     }
-    ptx::mbarrier_wait_cluster(&shared.probabilities_free[group], (message(tile) & 1) ^ 1);
+    ptx::mbarrier_wait(&shared.probabilities_free[group], (message(tile) & 1) ^ 1);
     const uint32_t full = over_there(&shared.probabilities_full[group]);
     ptx::store_async(over_there(&shared.probabilities[group].reference[thread]),
                      make_float2(own_reference[0], own_reference[1]), full);
@@ -290,7 +290,7 @@ class WideConsumer {
     if (thread == 0) {
       ptx::mbarrier_arrive_expect_tx(&shared.probabilities_full[group], sizeof(shared.probabilities[0]));
     }
-    ptx::mbarrier_wait_cluster(&shared.probabilities_full[group], message(tile) & 1);
+    ptx::mbarrier_wait(&shared.probabilities_full[group], message(tile) & 1);
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const uint4 four = shared.probabilities[group].probability[half][thread];
@@ -330,7 +330,7 @@ class WideConsumer {
   __device__ __forceinline__ float2 exchange(float2 ours) {
     ptx::store_async(over_there(&shared.exchanged[group][thread]), ours, over_there(&shared.exchanged_full[group]));
     if (thread == 0) ptx::mbarrier_arrive_expect_tx(&shared.exchanged_full[group], sizeof(shared.exchanged[0]));
-    ptx::mbarrier_wait_cluster(&shared.exchanged_full[group], exchanges++ & 1);
+    ptx::mbarrier_wait(&shared.exchanged_full[group], exchanges++ & 1);
     return shared.exchanged[group][thread];
   }
 

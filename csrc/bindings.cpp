@@ -1,6 +1,9 @@
 // The torch operators' CUDA implementations: from tensors to a launch, no device code.
 //
-// Bound through libtorch's stable C ABI, so that one library serves every torch from 2.11 on and every Python.
+// Bound through libtorch's stable C ABI, so that one library serves every torch from 2.11 on and every Python. Apache
+// TVM-FFI would give that too. But what is registered with torch's own dispatcher is one operator to a plain call, to
+// fake tensors, and to torch.compile and its CUDA graphs; streams, device guards and memory are torch's without
+// translation; and nothing beside torch need be installed.
 
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>

@@ -1,6 +1,9 @@
-// The torch operators' CUDA implementations: from tensors to a launch, no device code.
+// The torch operators' CUDA implementations: their arguments' checks, and from tensors to a launch; no device code.
 //
-// Bound through libtorch's stable C ABI, so that one library serves every torch from 2.11 on and every Python.
+// Bound through libtorch's stable C ABI, so that one library serves every torch from 2.11 on and every Python. Apache
+// TVM-FFI would give that too. But what is registered with torch's own dispatcher is one operator to a plain call, to
+// fake tensors, and to torch.compile and its CUDA graphs; streams, device guards and memory are torch's without
+// translation; and nothing beside torch need be installed.
 
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>
@@ -8,7 +11,10 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/util/Exception.h>
 
+#include <algorithm>
+#include <initializer_list>
 #include <optional>
+#include <string>
 
 #include "launch.h"
 
@@ -18,13 +24,24 @@ extern "C" AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device_inde
 namespace mla_backend {
 namespace {
 
-using torch::stable::Tensor;
 using torch::headeronly::ScalarType;
+using torch::stable::Device;
+using torch::stable::Tensor;
 
-cudaStream_t current_stream(int device) {
-  void* stream = nullptr;
-  STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream(device, &stream) == 0, "mla_decode: no CUDA stream");
-  return static_cast<cudaStream_t>(stream);
+constexpr int64_t kAny = -1;  // a size that may be anything
+
+std::string describe(const Device& device) {
+  if (device.is_cuda()) return "cuda:" + std::to_string(device.index());
+  return device.is_cpu() ? "cpu" : "another kind of device";
+}
+
+template <typename Numbers>
+std::string describe(const Numbers& numbers) {
+  std::string text;
+  for (const int64_t number : numbers) {
+    text += (text.empty() ? "" : ", ") + (number == kAny ? std::string("any") : std::to_string(number));
+  }
+  return "[" + text + "]";
 }
 
 bool starts_at_16_bytes(const Tensor& t) {
@@ -33,35 +50,82 @@ bool starts_at_16_bytes(const Tensor& t) {
          t.stride(1) % elements == 0;
 }
 
+// Throw unless an argument is what is wanted, saying what it is instead.
+void check(const char* name, const Tensor& t, const Device& device, ScalarType dtype,
+           std::initializer_list<int64_t> shape) {
+  STD_TORCH_CHECK(t.device() == device, "mla_decode: ", name, " is on ", describe(t.device()), ", wanted ",
+                  describe(device));
+  STD_TORCH_CHECK(t.scalar_type() == dtype, "mla_decode: ", name, " is ", t.scalar_type(), ", wanted ", dtype);
+  const auto sizes = t.sizes(), strides = t.strides();
+  const auto fits = [](int64_t size, int64_t wanted) { return wanted == kAny || size == wanted; };
+  STD_TORCH_CHECK(std::equal(sizes.begin(), sizes.end(), shape.begin(), shape.end(), fits), "mla_decode: ", name,
+                  " has shape ", describe(sizes), ", wanted ", describe(shape));
+  STD_TORCH_CHECK(sizes[sizes.size() - 1] <= 1 || strides[strides.size() - 1] == 1, "mla_decode: ", name,
+                  " has strides ", describe(strides), ", wanted a contiguous last dimension");
+}
+
+void check_alignment(const char* name, const Tensor& t) {
+  STD_TORCH_CHECK(starts_at_16_bytes(t), "mla_decode: ", name, " starts at ", t.const_data_ptr(), " and has strides ",
+                  describe(t.strides()), ", wanted every row to start at a multiple of 16 bytes");
+}
+
+void check_contiguous(const char* name, const Tensor& t) {
+  STD_TORCH_CHECK(t.is_contiguous(), "mla_decode: ", name, " has strides ", describe(t.strides()),
+                  ", wanted a contiguous tensor");
+}
+
+cudaStream_t current_stream(int device) {
+  void* stream = nullptr;
+  STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream(device, &stream) == 0, "mla_decode: no CUDA stream");
+  return static_cast<cudaStream_t>(stream);
+}
+
 void plan(const Tensor& seq_lens, Tensor& request_tiles) {
-  const int device = seq_lens.get_device_index();
-  const torch::stable::accelerator::DeviceGuard guard(device);
+  const Device device = seq_lens.device();
+  check("seq_lens", seq_lens, device, ScalarType::Int, {kAny});
+  check("request_tiles", request_tiles, device, ScalarType::Int, {seq_lens.size(0) + 1});
+
+  const torch::stable::accelerator::DeviceGuard guard(device.index());
   launch_plan(static_cast<const int32_t*>(seq_lens.const_data_ptr()), static_cast<int>(seq_lens.size(0)),
-              static_cast<int32_t*>(request_tiles.mutable_data_ptr()), current_stream(device));
+              static_cast<int32_t*>(request_tiles.mutable_data_ptr()), current_stream(device.index()));
 }
 
 void mla_decode(const Tensor& q_nope, const Tensor& q_pe, const Tensor& kv_cache, const Tensor& block_table,
                 const Tensor& seq_lens, const Tensor& query_start_loc, const Tensor& request_tiles, Tensor& partial_out,
                 Tensor& partial_lse, int64_t max_query_len, int64_t max_seq_len, double softmax_scale, bool causal,
                 const std::optional<Tensor>& kv_scale, Tensor& out, std::optional<Tensor>& lse) {
-  const int tokens = static_cast<int>(q_nope.size(0)), heads = static_cast<int>(q_nope.size(1));
+  const Device device = q_nope.device();
+  const ScalarType type = q_nope.scalar_type();
+  STD_TORCH_CHECK(device.is_cuda(), "mla_decode: q_nope is on ", describe(device), ", wanted cuda");
+  STD_TORCH_CHECK(type == ScalarType::BFloat16 || type == ScalarType::Half, "mla_decode: q_nope is ", type,
+                  ", wanted BFloat16 or Half");
+  check("q_nope", q_nope, device, type, {kAny, kAny, kLatentDim});
+  const int64_t tokens = q_nope.size(0), heads = q_nope.size(1);
+  STD_TORCH_CHECK(1 <= heads && heads <= kMaxHeads, "mla_decode: q_nope has ", heads, " heads, wanted 1 to ",
+                  kMaxHeads);
+  check("q_pe", q_pe, device, type, {tokens, heads, kRopeDim});
+  STD_TORCH_CHECK(!kv_scale.has_value(), "mla_decode: kv_scale is given, wanted none");
+  check("kv_cache", kv_cache, device, type, {kAny, kAny, kHeadDim});
+  const int64_t page_size = kv_cache.size(1), page_stride = kv_cache.stride(0), token_stride = kv_cache.stride(1);
+  STD_TORCH_CHECK(page_size == 16 || page_size == 32 || (page_size > 0 && page_size % kTileTokens == 0),
+                  "mla_decode: kv_cache has pages of ", page_size, " tokens, wanted 16, 32 or a multiple of 64");
+  check_alignment("kv_cache", kv_cache);
+  check("seq_lens", seq_lens, device, ScalarType::Int, {kAny});
+  const int64_t requests = seq_lens.size(0);
+  check("block_table", block_table, device, ScalarType::Int, {requests, kAny});
+  check("query_start_loc", query_start_loc, device, ScalarType::Int, {requests + 1});
+  check("request_tiles", request_tiles, device, ScalarType::Int, {requests + 1});
+  check("partial_lse", partial_lse, device, ScalarType::Float, {kAny, 2, kPartialRows});
+  check("partial_out", partial_out, device, ScalarType::Float, {partial_lse.size(0), 2, kPartialRows, kLatentDim});
+  check_contiguous("partial_lse", partial_lse);
+  check_contiguous("partial_out", partial_out);
+  check_alignment("partial_out", partial_out);
+  STD_TORCH_CHECK(softmax_scale > 0, "mla_decode: softmax_scale is ", softmax_scale, ", wanted a positive number");
+  check("out", out, device, type, {tokens, heads, kLatentDim});
+  if (lse.has_value()) check("lse", *lse, device, ScalarType::Float, {tokens, heads});
   if (tokens == 0) return;
-  const auto type = q_nope.scalar_type();
-  STD_TORCH_CHECK(type == ScalarType::BFloat16 || type == ScalarType::Half,
-                  "mla_decode: q_nope must be bfloat16 or float16 on a GPU");
-  STD_TORCH_CHECK(kv_cache.scalar_type() == type, "mla_decode: kv_cache must have the dtype of q_nope on a GPU");
-  const int64_t page_size = kv_cache.size(1);
-  STD_TORCH_CHECK(page_size == 16 || page_size == 32 || page_size % kTileTokens == 0,
-                  "mla_decode: kv_cache has pages of ", page_size,
-                  " tokens, wanted 16, 32, 64 or a multiple of 64 on a GPU");
-  STD_TORCH_CHECK(reinterpret_cast<uintptr_t>(kv_cache.const_data_ptr()) % 16 == 0 && kv_cache.stride(0) % 8 == 0 &&
-                      kv_cache.stride(1) % 8 == 0,
-                  "mla_decode: every token of kv_cache must start at a multiple of 16 bytes, but it starts at ",
-                  kv_cache.const_data_ptr(), " and has strides of ", kv_cache.stride(0), " and ", kv_cache.stride(1),
-                  " elements");
 
-  const int device = q_nope.get_device_index();
-  const torch::stable::accelerator::DeviceGuard guard(device);
+  const torch::stable::accelerator::DeviceGuard guard(device.index());
   DecodeParams params = {};
   params.q_nope = q_nope.const_data_ptr();
   params.q_pe = q_pe.const_data_ptr();
@@ -73,11 +137,11 @@ void mla_decode(const Tensor& q_nope, const Tensor& q_pe, const Tensor& kv_cache
   params.seq_lens = static_cast<const int32_t*>(seq_lens.const_data_ptr());
   params.query_start_loc = static_cast<const int32_t*>(query_start_loc.const_data_ptr());
   params.request_tiles = static_cast<const int32_t*>(request_tiles.const_data_ptr());
-  params.tokens = tokens, params.heads = heads;
+  params.tokens = static_cast<int>(tokens), params.heads = static_cast<int>(heads);
   params.heads_reciprocal = static_cast<uint32_t>((0x1'0000'0000 + heads - 1) / heads);
-  params.requests = static_cast<int>(seq_lens.size(0)), params.page_size = static_cast<int>(page_size);
+  params.requests = static_cast<int>(requests), params.page_size = static_cast<int>(page_size);
   params.max_query_len = static_cast<int>(max_query_len);
-  params.multiprocessors = static_cast<int>(partial_lse.numel()) / (2 * kPartialRows);
+  params.multiprocessors = static_cast<int>(partial_lse.size(0));
   params.causal = causal;
   params.softmax_scale = static_cast<float>(softmax_scale);
   params.out = out.mutable_data_ptr();
@@ -91,9 +155,9 @@ void mla_decode(const Tensor& q_nope, const Tensor& q_pe, const Tensor& kv_cache
   params.partial_out = static_cast<float*>(partial_out.mutable_data_ptr());
   params.partial_lse = static_cast<float*>(partial_lse.mutable_data_ptr());
 
-  const Cache cache = {kv_cache.const_data_ptr(), kv_cache.size(0), kv_cache.stride(0), kv_cache.stride(1)};
+  const Cache cache = {kv_cache.const_data_ptr(), kv_cache.size(0), page_stride, token_stride};
   const auto element = type == ScalarType::BFloat16 ? ElementType::kBFloat16 : ElementType::kFloat16;
-  launch_decode(params, cache, element, current_stream(device));
+  launch_decode(params, cache, element, current_stream(device.index()));
 }
 
 }  // namespace

@@ -8,6 +8,7 @@ namespace mla_backend {
 constexpr int kLatentDim = 512;  // also the width of a value
 constexpr int kRopeDim = 64;
 constexpr int kHeadDim = kLatentDim + kRopeDim;
+constexpr int kMaxHeads = 128;
 
 constexpr int kTileTokens = 64;  // cached tokens that a thread block handles at a time: the unit of the schedule
 constexpr int kPartialRows = 64;  // query rows (token and head) of a place for partial results

@@ -8,6 +8,8 @@ QK_ROPE_HEAD_DIM = 64
 
 HEAD_DIM = KV_LORA_RANK + QK_ROPE_HEAD_DIM
 
+MAX_HEADS = 128
+
 TILE_TOKENS = 64
 """Cached tokens that a worker handles at a time: the unit in which requests are split."""
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from mla_backend.arguments import check_arguments
 from mla_backend.dimensions import TILE_TOKENS
 from mla_backend.reference import mla_decode_reference
 
@@ -29,6 +30,7 @@ _library.define("plan(Tensor seq_lens, Tensor(a!) request_tiles) -> ()", tags=(t
 
 @torch.library.impl(_library, "mla_decode", "CompositeExplicitAutograd")
 def _mla_decode(*arguments: Any) -> None:
+    check_arguments(*arguments)
     # The reference is not divided among workers: it takes all but request_tiles, partial_out and partial_lse.
     mla_decode_reference(*arguments[:6], *arguments[9:])
 
@@ -39,10 +41,10 @@ def _plan(seq_lens: torch.Tensor, request_tiles: torch.Tensor) -> None:
     torch.cumsum((seq_lens - 1) // TILE_TOKENS + 1, 0, dtype=torch.int32, out=request_tiles[1:])
 
 
-@torch.library.register_fake("mla_backend::mla_decode", lib=_library)
-@torch.library.register_fake("mla_backend::plan", lib=_library)
-def _fake(*arguments: object) -> None:
-    """Nothing to say about shapes: the operators return nothing and write into what they are given."""
+# The operators return nothing and write into what they are given, so there are no shapes to tell of tensors without
+# data; but what is wrong with theirs is said as early as a graph is traced.
+torch.library.register_fake("mla_backend::mla_decode", check_arguments, lib=_library)
+torch.library.register_fake("mla_backend::plan", lambda seq_lens, request_tiles: None, lib=_library)
 
 
 def has_compiled_kernels() -> bool:

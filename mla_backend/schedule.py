@@ -74,6 +74,7 @@ class DecodeSchedule:
 
         Raises:
             ValueError: there are more requests than `buffers` has room for.
+            RuntimeError: `seq_lens` is no int32 tensor, where the compiled kernels make the schedule.
         """
         requests = seq_lens.shape[0]
         if buffers is None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -10,7 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from cases import Case
-from mla_backend import DecodeSchedule, mla_decode, reference
+from mla_backend import DecodeSchedule, mla_decode, operators, reference
 from oracle import mla_decode_fp64
 
 TOLERANCE = {torch.float32: 2e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
@@ -133,6 +134,23 @@ def test_operator_passes_opcheck_and_compiles() -> None:
     torch.testing.assert_close(compiled(**arguments), layer(**arguments))
 
 
+def test_a_wrong_argument_is_named_when_a_graph_is_traced() -> None:
+    arguments = Case(seq_lens=[40, 7], query_lens=[2, 1]).inputs()
+    arguments["block_table"] = arguments["block_table"].long()
+    compiled = torch.compile(lambda: mla_decode(**arguments), fullgraph=True, backend="aot_eager")
+    with pytest.raises(RuntimeError, match=r"block_table is torch\.int64, wanted torch\.int32"):
+        compiled()
+
+
+def test_an_error_that_is_no_arguments_is_passed_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any) -> None:
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(operators, "mla_decode_reference", fail)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        mla_decode(**Case(seq_lens=[40], query_lens=[1]).inputs())
+
+
 def wrong(name: str, change: Any, error: type[Exception], message: str) -> Any:
     return pytest.param(name, change, error, message, id=f"{name}: {message}")
 
@@ -143,6 +161,7 @@ def wrong(name: str, change: Any, error: type[Exception], message: str) -> Any:
         wrong("q_nope", lambda t: t[..., :500], ValueError, r"q_nope has shape \[3, 16, 500\], wanted .*512"),
         wrong("q_nope", lambda t: t.double(), TypeError, "q_nope is torch.float64, wanted bfloat16"),
         wrong("q_nope", lambda t: t.expand(3, 16, 512).repeat(1, 9, 1), ValueError, "1 to 128 heads"),
+        wrong("q_nope", lambda t: t.mT.contiguous().mT, ValueError, "q_nope has strides .* last dimension"),
         wrong("q_pe", lambda t: t[:, :8], ValueError, r"q_pe has shape \[3, 8, 64\], wanted \[3, 16, 64\]"),
         wrong("q_pe", lambda t: t.half(), TypeError, "q_pe is torch.float16, wanted torch.float32"),
         wrong(
@@ -155,6 +174,7 @@ def wrong(name: str, change: Any, error: type[Exception], message: str) -> Any:
         wrong("kv_cache", lambda t: t.to("meta"), ValueError, "kv_cache is on meta, but q_nope is on cpu"),
         wrong("block_table", lambda t: t.long(), TypeError, "block_table is torch.int64, wanted torch.int32"),
         wrong("block_table", lambda t: t[:1], ValueError, r"block_table has shape \[1, 3\], wanted \[2, max_pages\]"),
+        wrong("block_table", lambda t: t.mT.contiguous().mT, ValueError, "block_table has strides .* last dimension"),
         wrong("seq_lens", lambda t: t.long(), TypeError, "seq_lens is torch.int64"),
         wrong("seq_lens", lambda t: t[None], ValueError, r"seq_lens has shape \[1, 2\], wanted \[requests\]"),
         wrong("query_start_loc", lambda t: t[:2], ValueError, r"query_start_loc has shape \[2\], wanted \[3\]"),
@@ -168,6 +188,12 @@ def wrong(name: str, change: Any, error: type[Exception], message: str) -> Any:
             lambda t: DecodeSchedule.plan(torch.ones(5, dtype=torch.int32), max_query_len=1, max_seq_len=1),
             ValueError,
             "schedule was made for 5 requests, but seq_lens has 2",
+        ),
+        wrong(
+            "schedule",
+            lambda s: replace(s, request_tiles=s.request_tiles.long()),
+            TypeError,
+            "schedule.request_tiles is torch.int64, wanted torch.int32",
         ),
     ],
 )

@@ -1,0 +1,201 @@
+"""Every wrong argument on a GPU against its message: that of `mla_decode`, and the compiled operator's own."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+from cases import Case
+from mla_backend import DecodeSchedule, mla_decode
+from mla_backend.operators import has_compiled_kernels
+
+pytestmark = pytest.mark.skipif(
+    not (torch.cuda.is_available() and has_compiled_kernels()), reason="needs a Hopper GPU and the compiled kernels"
+)
+
+TENSORS = ("q_nope", "q_pe", "kv_cache", "block_table", "seq_lens", "query_start_loc")
+
+
+def inputs(**options: Any) -> dict[str, Any]:
+    """Return correct arguments: 3 tokens of 16 heads, 2 requests, 5 pages of 64 tokens, block tables of 3 pages."""
+    case = Case(seq_lens=[40, 7], query_lens=[2, 1], **{"dtype": torch.bfloat16, **options}, device="cuda")
+    return {**case.inputs(), "out": torch.empty(3, 16, 512, dtype=case.dtype, device="cuda")}
+
+
+def column_major(t: torch.Tensor) -> torch.Tensor:
+    return t.mT.contiguous().mT
+
+
+def every_other(t: torch.Tensor) -> torch.Tensor:
+    return t.repeat_interleave(2)[::2]
+
+
+def pages_apart(elements: int) -> Callable[[torch.Tensor], torch.Tensor]:
+    return lambda t: t.new_zeros(5, 64 * 576 + elements)[:, : 64 * 576].unflatten(1, (64, 576))
+
+
+def shifted(t: torch.Tensor) -> torch.Tensor:
+    return t.new_zeros(t.numel() + 1)[1:].view(t.shape)
+
+
+def buffer(name: str, change: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[DecodeSchedule], DecodeSchedule]:
+    return lambda s: replace(s, buffers=replace(s.buffers, **{name: change(getattr(s.buffers, name))}))
+
+
+def tiles(change: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[DecodeSchedule], DecodeSchedule]:
+    return lambda s: replace(s, request_tiles=change(s.request_tiles))
+
+
+WRONG: list[tuple[str, Callable[[Any], Any], type[Exception], str]] = [
+    ("q_nope", lambda t: t[..., :500], ValueError, "q_nope has shape [3, 16, 500], wanted [tokens, heads, 512]"),
+    ("q_nope", lambda t: t[0], ValueError, "q_nope has shape [16, 512], wanted [tokens, heads, 512]"),
+    ("q_nope", lambda t: t[:, :0], ValueError, "q_nope has shape [3, 0, 512], wanted [tokens, 1 to 128 heads, 512]"),
+    ("q_nope", lambda t: t.repeat(1, 9, 1), ValueError, "q_nope has shape [3, 144, 512], wanted [tokens, 1 to 128"),
+    ("q_nope", column_major, ValueError, "q_nope has strides [8192, 1, 16], but its last dimension must be contiguous"),
+    ("q_nope", lambda t: t.double(), TypeError, "q_nope is torch.float64, wanted bfloat16, float16 or float32"),
+    ("q_pe", lambda t: t[..., :63], ValueError, "q_pe has shape [3, 16, 63], wanted [3, 16, 64]"),
+    ("q_pe", lambda t: t[:, :8], ValueError, "q_pe has shape [3, 8, 64], wanted [3, 16, 64]"),
+    ("q_pe", column_major, ValueError, "q_pe has strides [1024, 1, 16], but its last dimension must be contiguous"),
+    ("q_pe", lambda t: t.half(), TypeError, "q_pe is torch.float16, wanted torch.bfloat16"),
+    ("q_pe", lambda t: t.cpu(), ValueError, "q_pe is on cpu, but q_nope is on cuda:0"),
+    ("kv_cache", lambda t: t[..., :512], ValueError, "kv_cache has shape [5, 64, 512], wanted [pages, page_size, 576]"),
+    ("kv_cache", lambda t: t[:, :24], ValueError, "kv_cache has shape [5, 24, 576], wanted [pages, 1 or a multiple"),
+    ("kv_cache", lambda t: t[:, :0], ValueError, "kv_cache has shape [5, 0, 576], wanted [pages, 1 or a multiple"),
+    ("kv_cache", lambda t: t[:, :1], ValueError, "kv_cache has shape [5, 1, 576], wanted [pages, 16, 32 or a multiple"),
+    ("kv_cache", lambda t: t[:, :48], ValueError, "[5, 48, 576], wanted [pages, 16, 32 or a multiple of 64 on a GPU"),
+    ("kv_cache", column_major, ValueError, "kv_cache has strides [36864, 1, 64], but its last dimension must be"),
+    ("kv_cache", pages_apart(4), ValueError, "kv_cache has strides [36868, 576, 1], but every row must start at a"),
+    ("kv_cache", shifted, ValueError, "kv_cache has strides [36864, 576, 1], but every row must start at a multiple"),
+    ("kv_cache", lambda t: t.half(), TypeError, "kv_cache is torch.float16, wanted torch.bfloat16, the dtype of q_n"),
+    ("kv_cache", lambda t: t.to(torch.float8_e4m3fn), TypeError, "kv_cache is torch.float8_e4m3fn and kv_scale is mis"),
+    ("kv_cache", lambda t: t.cpu(), ValueError, "kv_cache is on cpu, but q_nope is on cuda:0; move it there"),
+    ("kv_cache", lambda t: t.to("meta"), ValueError, "kv_cache is on meta, but q_nope is on cuda:0; move it there"),
+    ("block_table", lambda t: t.long(), TypeError, "block_table is torch.int64, wanted torch.int32"),
+    ("block_table", lambda t: t[:1], ValueError, "block_table has shape [1, 3], wanted [2, max_pages]"),
+    ("block_table", column_major, ValueError, "block_table has strides [1, 2], but its last dimension must be contig"),
+    ("block_table", lambda t: t.cpu(), ValueError, "block_table is on cpu, but q_nope is on cuda:0"),
+    ("seq_lens", lambda t: t.long(), TypeError, "seq_lens is torch.int64, wanted torch.int32"),
+    ("seq_lens", lambda t: t[None], ValueError, "seq_lens has shape [1, 2], wanted [requests]"),
+    ("seq_lens", every_other, ValueError, "seq_lens has strides [2], but its last dimension must be contiguous"),
+    ("seq_lens", lambda t: t.cpu(), ValueError, "seq_lens is on cpu, but q_nope is on cuda:0"),
+    ("query_start_loc", lambda t: t.long(), TypeError, "query_start_loc is torch.int64, wanted torch.int32"),
+    ("query_start_loc", lambda t: t[:2], ValueError, "query_start_loc has shape [2], wanted [3]"),
+    ("query_start_loc", every_other, ValueError, "query_start_loc has strides [2], but its last dimension must be"),
+    ("query_start_loc", lambda t: t.cpu(), ValueError, "query_start_loc is on cpu, but q_nope is on cuda:0"),
+    ("schedule", tiles(lambda t: t[:2]), ValueError, "schedule was made for 1 requests, but seq_lens has 2"),
+    ("schedule", tiles(lambda t: t[None]), ValueError, "schedule.request_tiles has shape [1, 3], wanted [3]"),
+    ("schedule", tiles(every_other), ValueError, "schedule.request_tiles has strides [2], but its last dimension"),
+    ("schedule", tiles(torch.Tensor.long), TypeError, "schedule.request_tiles is torch.int64, wanted torch.int32"),
+    ("schedule", tiles(torch.Tensor.cpu), ValueError, "schedule.request_tiles is on cpu, but q_nope is on cuda:0"),
+    ("schedule", buffer("partial_lse", lambda t: t[:, :1]), ValueError, ", 1, 64], wanted [workers, 2, 64]"),
+    ("schedule", buffer("partial_lse", torch.Tensor.half), TypeError, "partial_lse is torch.float16, wanted torch.flo"),
+    ("schedule", buffer("partial_lse", torch.Tensor.cpu), ValueError, "partial_lse is on cpu, but q_nope is on cuda:0"),
+    ("schedule", buffer("partial_lse", lambda t: t[:1].expand_as(t)), ValueError, "[0, 64, 1], but it must be contig"),
+    ("schedule", buffer("partial_out", lambda t: t[..., :256]), ValueError, ", 2, 64, 256], wanted ["),
+    ("schedule", buffer("partial_out", torch.Tensor.half), TypeError, "partial_out is torch.float16, wanted torch.flo"),
+    ("schedule", buffer("partial_out", torch.Tensor.cpu), ValueError, "partial_out is on cpu, but q_nope is on cuda:0"),
+    ("schedule", buffer("partial_out", lambda t: t[:1].expand_as(t)), ValueError, "[0, 32768, 512, 1], but it must be"),
+    ("schedule", buffer("partial_out", shifted), ValueError, "[65536, 32768, 512, 1], but every row must start at a"),
+    ("softmax_scale", lambda _: 0.0, ValueError, "softmax_scale is 0.0, wanted a positive number"),
+    ("softmax_scale", lambda _: float("nan"), ValueError, "softmax_scale is nan, wanted a positive number"),
+    ("kv_scale", lambda _: torch.ones(1, device="cuda"), TypeError, "kv_cache is torch.bfloat16 and kv_scale is given"),
+    ("out", lambda t: t[:, :8], ValueError, "out has shape [3, 8, 512], wanted [3, 16, 512]"),
+    ("out", column_major, ValueError, "out has strides [8192, 1, 16], but its last dimension must be contiguous"),
+    ("out", lambda t: t.float(), TypeError, "out is torch.float32, wanted torch.bfloat16"),
+    ("out", lambda t: t.cpu(), ValueError, "out is on cpu, but q_nope is on cuda:0"),
+]
+
+
+@pytest.mark.parametrize(("name", "change", "error", "message"), WRONG, ids=[f"{w[0]}: {w[3]}" for w in WRONG])
+def test_a_wrong_argument_is_named(name: str, change: Any, error: type[Exception], message: str) -> None:
+    arguments = inputs()
+    arguments[name] = change(arguments[name])
+    with pytest.raises(error, match=re.escape(message)):
+        mla_decode(**arguments)
+
+
+def test_a_query_on_another_device_is_named() -> None:
+    arguments = inputs()
+    with pytest.raises(ValueError, match="q_pe is on cuda:0, but q_nope is on cpu"):
+        mla_decode(**{**arguments, "q_nope": arguments["q_nope"].cpu()})
+
+
+def test_dtypes_that_only_the_reference_takes_are_named() -> None:
+    with pytest.raises(TypeError, match=r"q_nope is torch\.float32, wanted bfloat16 or float16 on a GPU"):
+        mla_decode(**inputs(dtype=torch.float32))
+    with pytest.raises(TypeError, match=r"kv_cache is torch\.float8_e4m3fn, wanted torch\.bfloat16, .* on a GPU"):
+        mla_decode(**inputs(cache_dtype=torch.float8_e4m3fn))
+
+
+def test_what_is_allowed_is_not_refused() -> None:
+    """A dimension of one entry may have any stride, rows of `out` any alignment, and pages any gap of 16 bytes."""
+    arguments = inputs()
+    expected = mla_decode(**arguments).clone()
+    wide = torch.empty(3, 16, 513, dtype=torch.bfloat16, device="cuda")[..., 1:]
+    table = arguments["block_table"][:, :1].repeat(1, 2)[:, ::2]  # [2, 1] with strides of 2 and 2
+    assert mla_decode(**{**arguments, "block_table": table, "out": wide}).equal(expected)
+    apart = pages_apart(8)(arguments["kv_cache"]).copy_(arguments["kv_cache"])
+    assert mla_decode(**{**arguments, "kv_cache": apart}).equal(expected)
+
+
+def operator_arguments() -> dict[str, Any]:
+    arguments = inputs()
+    schedule = arguments["schedule"]
+    return {
+        **{name: arguments[name] for name in TENSORS},
+        "request_tiles": schedule.request_tiles,
+        "partial_out": schedule.buffers.partial_out,
+        "partial_lse": schedule.buffers.partial_lse,
+        "max_query_len": schedule.max_query_len,
+        "max_seq_len": schedule.max_seq_len,
+        "softmax_scale": arguments["softmax_scale"],
+        "causal": True,
+        "kv_scale": None,
+        "out": arguments["out"],
+        "lse": torch.empty(3, 16, device="cuda"),
+    }
+
+
+WRONG_TO_THE_OPERATOR: list[tuple[str, Callable[[Any], Any], str]] = [
+    ("q_nope", lambda t: t.cpu(), "is on cpu, wanted cuda"),
+    ("q_nope", lambda t: t.float(), "is Float, wanted BFloat16 or Half"),
+    ("q_nope", lambda t: t[..., :500], "has shape [3, 16, 500], wanted [any, any, 512]"),
+    ("q_nope", lambda t: t.repeat(1, 9, 1), "has 144 heads, wanted 1 to 128"),
+    ("q_nope", column_major, "has strides [8192, 1, 16], wanted a contiguous last dimension"),
+    ("q_pe", lambda t: t[..., :63], "has shape [3, 16, 63], wanted [3, 16, 64]"),
+    ("kv_cache", lambda t: t.half(), "is Half, wanted BFloat16"),
+    ("kv_cache", lambda t: t[:, :48], "has pages of 48 tokens, wanted 16, 32 or a multiple of 64"),
+    ("kv_cache", pages_apart(4), "has strides [36868, 576, 1], wanted every row to start at a multiple of 16 bytes"),
+    ("block_table", lambda t: t.long(), "is Long, wanted Int"),
+    ("block_table", lambda t: t.cpu(), "is on cpu, wanted cuda:0"),
+    ("seq_lens", every_other, "has strides [2], wanted a contiguous last dimension"),
+    ("query_start_loc", lambda t: t[:2], "has shape [2], wanted [3]"),
+    ("request_tiles", lambda t: t.long(), "is Long, wanted Int"),
+    ("partial_out", shifted, "wanted every row to start at a multiple of 16 bytes"),
+    ("partial_lse", lambda t: t[:1].expand_as(t), "has strides [0, 64, 1], wanted a contiguous tensor"),
+    ("softmax_scale", lambda _: -1.0, "is -1, wanted a positive number"),
+    ("kv_scale", lambda _: torch.ones(1, device="cuda"), "is given, wanted none"),
+    ("out", lambda t: t.half(), "is Half, wanted BFloat16"),
+    ("lse", lambda t: t[:2], "has shape [2, 16], wanted [3, 16]"),
+]
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "message"), WRONG_TO_THE_OPERATOR, ids=[f"{w[0]}: {w[2]}" for w in WRONG_TO_THE_OPERATOR]
+)
+def test_the_operator_itself_names_a_wrong_argument(name: str, change: Any, message: str) -> None:
+    arguments = operator_arguments()
+    torch.ops.mla_backend.mla_decode(**arguments)
+    arguments[name] = change(arguments[name])
+    with pytest.raises(RuntimeError, match=f"mla_decode: {name} .*{re.escape(message)}"):
+        torch.ops.mla_backend.mla_decode(**arguments)
+
+
+def test_the_plan_names_wrong_lengths() -> None:
+    with pytest.raises(RuntimeError, match="seq_lens is Long, wanted Int"):
+        DecodeSchedule.plan(torch.ones(2, dtype=torch.int64, device="cuda"), max_query_len=1, max_seq_len=1)

@@ -10,6 +10,8 @@ import torch
 from engine import MODEL, Run
 from prompts import demonstration_prompts
 
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
 
 @functools.cache
 def tokenized(characters: int) -> list[list[int]]:
@@ -24,7 +26,7 @@ def tokenized(characters: int) -> list[list[int]]:
 def model(dtype: torch.dtype) -> Any:
     from transformers import AutoModelForCausalLM
 
-    return AutoModelForCausalLM.from_pretrained(MODEL, dtype=dtype).eval()
+    return AutoModelForCausalLM.from_pretrained(MODEL, dtype=dtype).to(DEVICE).eval()
 
 
 def greedy(prompts: list[list[int]], count: int) -> list[list[int]]:
@@ -32,7 +34,7 @@ def greedy(prompts: list[list[int]], count: int) -> list[list[int]]:
     exactly = {"max_new_tokens": count, "min_new_tokens": count, "do_sample": False}
     continuations = []
     for prompt in prompts:
-        ids = torch.tensor([prompt])
+        ids = torch.tensor([prompt], device=DEVICE)
         out = model(torch.float32).generate(ids, attention_mask=torch.ones_like(ids), **exactly)
         continuations.append(out[0, len(prompt) :].tolist())
     return continuations
@@ -43,7 +45,7 @@ def mean_difference(run: Run, prompts: list[list[int]], dtype: torch.dtype) -> f
     differences = []
     for prompt, logprobs in zip(prompts, run.prompt_logprobs, strict=True):
         with torch.no_grad():
-            expected = model(dtype)(torch.tensor([prompt])).logits[0, :-1].float().log_softmax(-1)
+            expected = model(dtype)(torch.tensor([prompt], device=DEVICE)).logits[0, :-1].float().log_softmax(-1).cpu()
         picked = expected.gather(1, torch.tensor(prompt[1:])[:, None])[:, 0]
         differences.append((picked - torch.tensor(logprobs)).abs())
     return float(torch.cat(differences).mean())

@@ -1,1 +1,1 @@
-"""`mla-bench`: this project's kernel and its peers, side by side in one run."""
+"""`mla-bench` and `mla-bench-engine`: this project's kernel and its peers, alone and in whole decode steps of vLLM."""

@@ -43,17 +43,21 @@ def installed(package: str) -> str:
         return "not installed"
 
 
-def write_json(path: Path, rows: list[Row], machine: dict[str, float]) -> None:
+def about() -> dict[str, object]:
+    """Return what the results depend on: the GPU, the versions, and the commit if run in a checkout."""
     commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
-    about = {
+    return {
         "gpu": torch.cuda.get_device_name(),
         "driver_and_cuda": torch.version.cuda,
         "python": platform.python_version(),
         "versions": {name: installed(name) for name in ("mla-backend", "torch", "vllm", "flashinfer-python", "triton")},
         "commit": commit,
-        "ceilings": machine,
     }
-    path.write_text(json.dumps({"about": about, "rows": [asdict(row) for row in rows]}, indent=1) + "\n")
+
+
+def write_json(path: Path, rows: list[Row], machine: dict[str, float]) -> None:
+    result = {"about": {**about(), "ceilings": machine}, "rows": [asdict(row) for row in rows]}
+    path.write_text(json.dumps(result, indent=1) + "\n")
 
 
 def draw(path: Path, rows: list[Row]) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -18,71 +20,114 @@ pytestmark = pytest.mark.skipif(
 )
 
 GREEDY = {"max_tokens": 64, "ignore_eos": True, "detokenize": False}
-OURS = {"VLLM_ATTENTION_BACKEND": "HOPPER_MLA"}
-GRAPHS = {"enforce_eager": False, "compilation_config": {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY"}}
+SHORT, LONG = 200, 1500  # characters of the prompts
+MIXED = 64  # requests
+
+# What engines need to start beside each other. The size of the cache is fixed by run_engine, so none measures how much
+# memory the others leave; what they must find free is small. FlashInfer's samplers and tuning only cost time here.
+BESIDE = {"gpu_memory_utilization": 0.05, "enable_flashinfer_autotune": False}
+OTHERS: dict[str, str | None] = {"OMP_NUM_THREADS": "1", "VLLM_USE_FLASHINFER_SAMPLER": "0"}
+OURS = {**OTHERS, "VLLM_ATTENTION_BACKEND": "HOPPER_MLA"}
+IN_ONE_PROCESS = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}  # the same requests in every step, however busy the machine is
+
+FLASHMLA = {"attention_config": {"backend": "FLASHMLA"}}
+EAGER = {"enforce_eager": True}
+GRAPHS = {
+    "enforce_eager": False,
+    "compilation_config": {
+        "mode": 0,
+        "cudagraph_mode": "FULL_DECODE_ONLY",
+        "cudagraph_capture_sizes": [1, 2, 4, 8, 16, 32, 64],
+    },
+}
+DECODE_WAY = {"max_num_batched_tokens": 64, "max_num_seqs": 8, "enable_prefix_caching": False}  # in prefills too
 
 
-def agreement(run: Run) -> float:
-    """Return how many of 64 tokens are transformers' in fp32, on average over the prompts."""
-    pairs = zip(greedy(tokenized(200), 64), run.tokens, strict=True)
-    return sum(a == b for expected, tokens in pairs for a, b in zip(expected, tokens, strict=True)) / len(run.tokens)
-
-
-def generate(env: dict[str, Any], **llm: Any) -> Run:
-    return run_engine(tokenized(200), GREEDY, env=env, dtype="bfloat16", max_model_len=4096, **llm)
+def mixed_prompts() -> list[list[int]]:
+    """Return prompts of 10 to 3,000 tokens."""
+    long = [token for prompt in tokenized(2400) for token in prompt]
+    return [long[7 * i : 7 * i + 10 + 46 * i] for i in range(MIXED)]
 
 
 @pytest.fixture(scope="module")
-def with_graphs() -> Run:
-    return generate(OURS, **GRAPHS)
+def runs() -> Iterator[dict[str, Future[Run]]]:
+    """All engines at once, because what they do takes seconds and starting one most of a minute."""
+    short, long, mixed = tokenized(SHORT), tokenized(LONG), mixed_prompts()
+    score, few = {"max_tokens": 1, "prompt_logprobs": 0}, {**GREEDY, "max_tokens": 8}
+    alone = {"max_num_seqs": 1, "enable_prefix_caching": False}
+    with ThreadPoolExecutor(8) as pool:
+
+        def start(
+            prompts: list[list[int]], sampling: dict[str, Any], env: dict[str, str | None], **llm: Any
+        ) -> Future[Run]:
+            settings = {"dtype": "bfloat16", "max_model_len": 4096, **BESIDE, **llm}
+            return pool.submit(run_engine, prompts, sampling, env=env, **settings)
+
+        with_ray = {**OURS, "RAY_DEDUP_LOGS": "0"}
+        yield {
+            "ray": start(short, GREEDY, with_ray, distributed_executor_backend="ray", **GRAPHS),
+            "graphs": start(short, GREEDY, {**OURS, **IN_ONE_PROCESS}, **GRAPHS),
+            "graphs, FLASHMLA": start(short, GREEDY, {**OTHERS, **IN_ONE_PROCESS}, **GRAPHS, **FLASHMLA),
+            "eager": start(short, GREEDY, {**OURS, **IN_ONE_PROCESS}, **EAGER),
+            "scores": start(long, score, OURS, **EAGER, **DECODE_WAY),
+            "scores, FLASHMLA": start(long, score, OTHERS, **EAGER, **DECODE_WAY, **FLASHMLA),
+            "mixed": start(mixed, few, OURS, max_num_batched_tokens=512, **GRAPHS),
+            "mixed, one by one": start(mixed, few, OURS, **GRAPHS, **alone),
+        }
 
 
-def test_the_log_names_the_kernel(with_graphs: Run) -> None:
-    assert "Using HOPPER_MLA attention backend: mla_decode by compiled kernel for sm_90a." in with_graphs.log
+@pytest.fixture(scope="module")
+def expected(runs: dict[str, Future[Run]]) -> list[list[int]]:
+    """What transformers generates in fp32, computed while the engines run."""
+    return greedy(tokenized(SHORT), GREEDY["max_tokens"])
 
 
-def test_tokens_are_those_of_transformers(with_graphs: Run, capsys: pytest.CaptureFixture[str]) -> None:
-    ours = agreement(with_graphs)
-    theirs = agreement(generate({}, **GRAPHS, attention_config={"backend": "FLASHMLA"}))
+def agreement(run: Run, expected: list[list[int]]) -> float:
+    """Return how many of 64 tokens are the expected ones, on average over the prompts."""
+    pairs = zip(expected, run.tokens, strict=True)
+    return sum(a == b for wanted, tokens in pairs for a, b in zip(wanted, tokens, strict=True)) / len(run.tokens)
+
+
+def test_tokens_are_those_of_transformers(
+    runs: dict[str, Future[Run]], expected: list[list[int]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    ours, theirs = (agreement(runs[name].result(), expected) for name in ("graphs", "graphs, FLASHMLA"))
     with capsys.disabled():
         print(f"\ntokens of 64 as transformers in fp32: HOPPER_MLA {ours:.1f}, FLASHMLA {theirs:.1f}")
     assert ours >= theirs - 4
 
 
-def test_graphs_change_no_token(with_graphs: Run) -> None:
-    assert generate(OURS).tokens == with_graphs.tokens
+def test_the_log_names_the_kernel(runs: dict[str, Future[Run]]) -> None:
+    log = runs["graphs"].result().log
+    assert "Using HOPPER_MLA attention backend: mla_decode by compiled kernel for sm_90a." in log
 
 
-def test_logprobs_are_as_close_as_with_flashmla(capsys: pytest.CaptureFixture[str]) -> None:
-    prompts = tokenized(1500)
-    ask = {"max_tokens": 1, "prompt_logprobs": 0}
-    steps = {"max_num_batched_tokens": 64, "max_num_seqs": 8, "enable_prefix_caching": False}  # all the decode way
-    differences = {}
-    for name in ("HOPPER_MLA", "FLASHMLA"):
-        env = OURS if name == "HOPPER_MLA" else {}
-        other = {} if name == "HOPPER_MLA" else {"attention_config": {"backend": name}}
-        run = run_engine(prompts, ask, env=env, dtype="bfloat16", **steps, **other)
-        differences[name] = mean_difference(run, prompts, torch.float32)
+def test_graphs_change_no_token(runs: dict[str, Future[Run]]) -> None:
+    assert runs["eager"].result().tokens == runs["graphs"].result().tokens
+
+
+def test_logprobs_are_as_close_as_with_flashmla(
+    runs: dict[str, Future[Run]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    ours, theirs = (
+        mean_difference(runs[name].result(), tokenized(LONG), torch.float32) for name in ("scores", "scores, FLASHMLA")
+    )
     with capsys.disabled():
-        print(f"\nmean |log-probability - transformers' in fp32|: {differences}")
-    assert differences["HOPPER_MLA"] < 1.2 * differences["FLASHMLA"]
+        print(f"\nmean |log-probability - transformers' in fp32|: HOPPER_MLA {ours:.5f}, FLASHMLA {theirs:.5f}")
+    assert ours < 1.2 * theirs
 
 
-def test_mixed_batch_with_chunked_prefill_and_prefix_caching() -> None:
+def test_mixed_batch_with_chunked_prefill_and_prefix_caching(runs: dict[str, Future[Run]]) -> None:
     """64 requests of 10 to 3,000 tokens in one engine, against each by itself."""
-    long = [token for prompt in tokenized(2400) for token in prompt]
-    prompts = [long[7 * i : 7 * i + 10 + 46 * i] for i in range(64)]
-    ask = {**GREEDY, "max_tokens": 8}
-    settings = {"dtype": "bfloat16", "max_model_len": 4096, "env": OURS, **GRAPHS}
-    together = run_engine(prompts, ask, **settings, max_num_batched_tokens=512)
+    together, alone = runs["mixed"].result(), runs["mixed, one by one"].result()
     assert all(len(tokens) == 8 for tokens in together.tokens)
-    alone = run_engine(prompts, ask, **settings, max_num_seqs=1, enable_prefix_caching=False)
     same = sum(a == b for t, u in zip(together.tokens, alone.tokens, strict=True) for a, b in zip(t, u, strict=True))
-    assert same >= 0.9 * 64 * 8, f"{same} of {64 * 8} tokens"  # rounding in bf16 differs with the batch
+    assert same >= 0.9 * MIXED * 8, f"{same} of {MIXED * 8} tokens"  # rounding in bf16 differs with the batch
 
 
-def test_ray_executor(with_graphs: Run) -> None:
+def test_ray_executor(runs: dict[str, Future[Run]], expected: list[list[int]]) -> None:
     pytest.importorskip("ray")
-    run = generate({**OURS, "RAY_DEDUP_LOGS": "0"}, distributed_executor_backend="ray", **GRAPHS)
+    run = runs["ray"].result()
     assert "Using HOPPER_MLA attention backend" in run.log
-    assert agreement(run) >= agreement(with_graphs) - 4  # steps are put together differently, and bf16 rounds with them
+    # Steps are put together differently, and bf16 rounds with them.
+    assert agreement(run, expected) >= agreement(runs["graphs"].result(), expected) - 4

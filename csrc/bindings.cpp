@@ -93,6 +93,7 @@ void plan(const Tensor& seq_lens, Tensor& request_tiles) {
 void mla_decode(const Tensor& q_nope, const Tensor& q_pe, const Tensor& kv_cache, const Tensor& block_table,
                 const Tensor& seq_lens, const Tensor& query_start_loc, const Tensor& request_tiles, Tensor& partial_out,
                 Tensor& partial_lse, int64_t max_query_len, int64_t max_seq_len, double softmax_scale, bool causal,
+                bool batch_invariant,
                 const std::optional<Tensor>& kv_scale, Tensor& out, std::optional<Tensor>& lse) {
   const Device device = q_nope.device();
   const ScalarType type = q_nope.scalar_type();
@@ -142,7 +143,7 @@ void mla_decode(const Tensor& q_nope, const Tensor& q_pe, const Tensor& kv_cache
   params.requests = static_cast<int>(requests), params.page_size = static_cast<int>(page_size);
   params.max_query_len = static_cast<int>(max_query_len);
   params.multiprocessors = static_cast<int>(partial_lse.size(0));
-  params.causal = causal;
+  params.causal = causal, params.batch_invariant = batch_invariant;
   params.softmax_scale = static_cast<float>(softmax_scale);
   params.out = out.mutable_data_ptr();
   params.out_token_stride = out.stride(0), params.out_head_stride = out.stride(1);

@@ -36,6 +36,7 @@ struct DecodeParams {
   int block_rows, row_blocks, workers;
   int least_share;  // tiles that a worker gets at least
   bool causal;
+  bool batch_invariant;  // no request is split, and one kernel serves all query lengths
   float softmax_scale;
 
   // Output [tokens, heads, 512], contiguous in the last dimension.

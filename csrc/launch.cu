@@ -105,7 +105,7 @@ template <typename Element>
 void launch(DecodeParams params, const Cache& cache, CUtensorMapDataType type, cudaStream_t stream) {
   using namespace sm90;
   params.max_query_len = std::max(1, params.max_query_len);
-  if (const int rows = params.max_query_len * params.heads; rows <= 16) {
+  if (const int rows = params.batch_invariant ? 128 : params.max_query_len * params.heads; rows <= 16) {
     decode<NarrowShared<Element, 16>, 16, 1, 2>(decode_narrow_kernel<Element, 16>, params, cache, type, stream);
   } else if (rows <= 32) {
     decode<NarrowShared<Element, 32>, 32, 1, 2>(decode_narrow_kernel<Element, 32>, params, cache, type, stream);

@@ -30,6 +30,7 @@ def check_arguments(
     max_seq_len: int,
     softmax_scale: float,
     causal: bool,
+    batch_invariant: bool,
     kv_scale: torch.Tensor | None,
     out: torch.Tensor,
     lse: torch.Tensor | None,

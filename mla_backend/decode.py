@@ -110,6 +110,7 @@ def mla_decode(
         schedule.max_seq_len,
         softmax_scale,
         causal,
+        schedule.batch_invariant,
         kv_scale,
         out,
         lse,

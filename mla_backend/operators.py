@@ -21,8 +21,8 @@ _library = torch.library.Library("mla_backend", "DEF")
 _library.define(
     "mla_decode(Tensor q_nope, Tensor q_pe, Tensor kv_cache, Tensor block_table, Tensor seq_lens,"
     " Tensor query_start_loc, Tensor request_tiles, Tensor(c!) partial_out, Tensor(d!) partial_lse,"
-    " SymInt max_query_len, SymInt max_seq_len, float softmax_scale, bool causal, Tensor? kv_scale,"
-    " Tensor(a!) out, Tensor(b!)? lse) -> ()",
+    " SymInt max_query_len, SymInt max_seq_len, float softmax_scale, bool causal,"
+    " bool batch_invariant, Tensor? kv_scale, Tensor(a!) out, Tensor(b!)? lse) -> ()",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 _library.define("plan(Tensor seq_lens, Tensor(a!) request_tiles) -> ()", tags=(torch.Tag.pt2_compliant_tag,))
@@ -31,8 +31,8 @@ _library.define("plan(Tensor seq_lens, Tensor(a!) request_tiles) -> ()", tags=(t
 @torch.library.impl(_library, "mla_decode", "CompositeExplicitAutograd")
 def _mla_decode(*arguments: Any) -> None:
     check_arguments(*arguments)
-    # The reference is not divided among workers: it takes all but request_tiles, partial_out and partial_lse.
-    mla_decode_reference(*arguments[:6], *arguments[9:])
+    # The reference is not divided among workers: it takes all but the schedule and its buffers.
+    mla_decode_reference(*arguments[:6], *arguments[9:13], *arguments[14:])
 
 
 @torch.library.impl(_library, "plan", "CompositeExplicitAutograd")

@@ -44,24 +44,33 @@ class DecodeSchedule:
 
     Lay the tiles of all requests end to end: request `r` owns tiles `request_tiles[r]:request_tiles[r + 1]`, each of
     `TILE_TOKENS` cached tokens. Of the sum, `n` tiles, each of the `w` workers that share a block of query rows gets
-    `n // w`, and the first `n % w` of them one more. A worker may so cross from one request into the next, and a
-    request may be split over several workers, whose partial results are combined.
+    `n // w`, and the first `n % w` of them one more; csrc/sm90/work.cuh says which workers stay idle. A worker may so
+    cross from one request into the next, and a request may be split over several workers, which combine their results.
 
     Attributes:
         request_tiles: [requests + 1] int32, on the device of the cache.
         buffers: where `request_tiles` and the partial results lie.
         max_query_len: upper bound on a request's query tokens, known to the host.
         max_seq_len: upper bound on a request's cached tokens, known to the host.
+        batch_invariant: no request is split, and one kernel serves all query lengths, so that a request's results do
+            not depend on what else is in the batch. Slower where there are fewer requests than workers.
     """
 
     request_tiles: torch.Tensor
     buffers: ScheduleBuffers
     max_query_len: int
     max_seq_len: int
+    batch_invariant: bool = False
 
     @classmethod
     def plan(
-        cls, seq_lens: torch.Tensor, *, max_query_len: int, max_seq_len: int, buffers: ScheduleBuffers | None = None
+        cls,
+        seq_lens: torch.Tensor,
+        *,
+        max_query_len: int,
+        max_seq_len: int,
+        batch_invariant: bool = False,
+        buffers: ScheduleBuffers | None = None,
     ) -> DecodeSchedule:
         """Divide a step's work over the workers, on the device of `seq_lens` and without a host synchronisation.
 
@@ -69,6 +78,7 @@ class DecodeSchedule:
             seq_lens: [requests] int32, cached tokens per request.
             max_query_len: upper bound on a request's query tokens.
             max_seq_len: upper bound on `seq_lens`.
+            batch_invariant: see `DecodeSchedule`.
             buffers: where the schedule is written, so that its addresses outlive the step (a CUDA graph replays with
                 the addresses it was captured with); by default fresh memory.
 
@@ -86,4 +96,4 @@ class DecodeSchedule:
             )
         request_tiles = buffers.request_tiles[: requests + 1]
         torch.ops.mla_backend.plan(seq_lens, request_tiles)
-        return cls(request_tiles, buffers, max_query_len, max_seq_len)
+        return cls(request_tiles, buffers, max_query_len, max_seq_len, batch_invariant)

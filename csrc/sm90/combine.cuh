@@ -50,7 +50,7 @@ __global__ void __launch_bounds__(Shape::kThreads) combine_kernel(const __grid_c
   const int begin = owned ? params.request_tiles[request] : 0, end = owned ? params.request_tiles[request + 1] : 0;
   const Shares shares(params);
   const int first = begin < end ? shares.worker_of(begin) : 0, last = begin < end ? shares.worker_of(end - 1) : 0;
-  if (begin < end && first == last) return;  // written by its only worker
+  if (begin < end && (first == last || params.batch_invariant)) return;  // written by its only worker
   if (head >= params.heads) return;          // a whole warp: rows with several groups have a block for themselves
 
   Element* to = static_cast<Element*>(params.out) + token * params.out_token_stride + head * params.out_head_stride;

@@ -104,6 +104,10 @@ class Pieces {
  public:
   // Called by whole warps.
   __device__ Pieces(const DecodeParams& params, int worker) : params_(params) {
+    if (params.batch_invariant) {
+      request_ = worker - params.workers;
+      return;
+    }
     const Shares shares(params);
     next_ = share_begin_ = shares.begin(worker);
     end_ = shares.begin(worker + 1);
@@ -111,6 +115,14 @@ class Pieces {
   }
 
   __device__ bool take(Piece& piece) {
+    if (params_.batch_invariant) {
+      // Every so many-th request, as a whole.
+      do {
+        request_ += params_.workers;
+        if (request_ >= params_.requests) return false;
+        next_ = params_.request_tiles[request_], end_ = params_.request_tiles[request_ + 1];
+      } while (next_ == end_);
+    }
     if (next_ >= end_) return false;
     while (params_.request_tiles[request_ + 1] <= next_) ++request_;
     const int begin = params_.request_tiles[request_], end = params_.request_tiles[request_ + 1];
@@ -123,7 +135,7 @@ class Pieces {
 
  private:
   const DecodeParams& params_;
-  int next_, end_, share_begin_, request_ = 0;
+  int next_ = 0, end_ = 0, share_begin_ = 0, request_ = 0;
 };
 
 // Index of row 0 of a piece's partial results.

@@ -63,6 +63,10 @@ class HopperMLABackend(MLACommonBackend):
         return bool(current_platform.is_cpu() or (current_platform.is_cuda() and capability == HOPPER))
 
     @classmethod
+    def supports_batch_invariance(cls) -> bool:
+        return bool(current_platform.is_cuda())  # by the schedule; nobody looked at the CPU's matrix products
+
+    @classmethod
     def supports_device_cpu_query_lens_mismatch(cls) -> bool:
         # The schedule's bound on query lengths comes from the host's copy.
         return False

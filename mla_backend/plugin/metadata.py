@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
+from vllm import envs
 from vllm.config import VllmConfig
 from vllm.model_executor.layers.attention.mla_attention import (
     MLACommonDecodeMetadata,
@@ -43,6 +44,9 @@ class HopperMLAMetadataBuilder(MLACommonMetadataBuilder[HopperMLAMetadata]):
         self, kv_cache_spec: AttentionSpec, layer_names: list[str], vllm_config: VllmConfig, device: torch.device
     ) -> None:
         super().__init__(kv_cache_spec, layer_names, vllm_config, device, HopperMLAMetadata)
+        if envs.VLLM_BATCH_INVARIANT:
+            # Whether a prefill's last tokens go the decode way would depend on how the batch cut it into chunks.
+            self.reorder_batch_threshold = 1
         self._schedule_buffers = ScheduleBuffers.allocate(vllm_config.scheduler_config.max_num_seqs, device)
 
     def _build_decode(
@@ -66,6 +70,7 @@ class HopperMLAMetadataBuilder(MLACommonMetadataBuilder[HopperMLAMetadata]):
                 seq_lens_device,
                 max_query_len=int(query_start_loc_cpu.diff().max()),
                 max_seq_len=max_seq_len,
+                batch_invariant=envs.VLLM_BATCH_INVARIANT,
                 buffers=self._schedule_buffers,
             ),
         )

@@ -155,6 +155,7 @@ def operator_arguments() -> dict[str, Any]:
         "max_seq_len": schedule.max_seq_len,
         "softmax_scale": arguments["softmax_scale"],
         "causal": True,
+        "batch_invariant": False,
         "kv_scale": None,
         "out": arguments["out"],
         "lse": torch.empty(3, 16, device="cuda"),

@@ -167,6 +167,34 @@ def test_results_are_the_same_from_run_to_run() -> None:
         assert first[1].equal(again[1])
 
 
+@pytest.mark.parametrize("heads", [16, 128])
+def test_batch_invariant_results_do_not_depend_on_the_batch(heads: int) -> None:
+    def attend(step: dict[str, Any], requests: slice, longest: int) -> tuple[torch.Tensor, torch.Tensor]:
+        lengths, starts = step["seq_lens"][requests], step["query_start_loc"]
+        rows = slice(int(starts[:-1][requests][0]), int(starts[1:][requests][-1]))
+        plan = DecodeSchedule.plan(lengths, max_query_len=longest, max_seq_len=5000, batch_invariant=True)
+        mine = {
+            "q_nope": step["q_nope"][rows],
+            "q_pe": step["q_pe"][rows],
+            "block_table": step["block_table"][requests],
+            "seq_lens": lengths,
+            "query_start_loc": (starts - rows.start)[requests.start : requests.stop + 1],
+            "schedule": plan,
+        }
+        return mla_decode(**{**step, **mine}, return_lse=True)
+
+    lengths = [3000, 10, 777, 0, 5000, 64]
+    step = Step(lengths, [2, 1, 3, 1, 1, 4], heads, deviation=1.0).arguments()
+    together = attend(step, slice(0, 6), 4)
+    expected, _ = reference(step)
+    assert (together[0].float() - expected).norm() < 0.01 * expected.norm()
+    for request in range(6):
+        rows = slice(*step["query_start_loc"][request : request + 2].tolist())
+        alone = attend(step, slice(request, request + 1), rows.stop - rows.start)
+        assert alone[0].equal(together[0][rows])
+        assert alone[1].equal(together[1][rows])
+
+
 def test_a_cache_of_more_than_four_gigabytes() -> None:
     pages = 70_000  # of 64 tokens: 5.2 GB
     cache = torch.zeros(pages, 64, 576, dtype=torch.bfloat16, device="cuda")

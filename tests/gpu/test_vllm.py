@@ -12,7 +12,7 @@ import torch
 
 from engine import Run, run_engine
 from mla_backend import has_compiled_kernels
-from tiny import greedy, mean_difference, tokenized
+from tiny import greedy, largest_gap, mean_difference, tokenized
 
 pytestmark = pytest.mark.skipif(
     not (torch.cuda.is_available() and has_compiled_kernels() and importlib.util.find_spec("vllm")),
@@ -22,6 +22,7 @@ pytestmark = pytest.mark.skipif(
 GREEDY = {"max_tokens": 64, "ignore_eos": True, "detokenize": False}
 SHORT, LONG = 200, 1500  # characters of the prompts
 MIXED = 64  # requests
+GAP = 0.15  # in log-probability: rounding in bf16 makes about 0.05
 
 # What engines need to start beside each other. The size of the cache is fixed by run_engine, so none measures how much
 # memory the others leave; what they must find free is small. FlashInfer's samplers and tuning only cost time here.
@@ -91,10 +92,14 @@ def agreement(run: Run, expected: list[list[int]]) -> float:
 def test_tokens_are_those_of_transformers(
     runs: dict[str, Future[Run]], expected: list[list[int]], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    ours, theirs = (agreement(runs[name].result(), expected) for name in ("graphs", "graphs, FLASHMLA"))
+    # How many are the same says little: after one choice between two that are almost equally likely, none is.
+    both = {name: runs[name].result() for name in ("graphs", "graphs, FLASHMLA")}
+    same = {name: agreement(run, expected) for name, run in both.items()}
+    gaps = {name: largest_gap(tokenized(SHORT), run.tokens) for name, run in both.items()}
     with capsys.disabled():
-        print(f"\ntokens of 64 as transformers in fp32: HOPPER_MLA {ours:.1f}, FLASHMLA {theirs:.1f}")
-    assert ours >= theirs - 4
+        for name in both:
+            print(f"\n{name}: {same[name]:.1f} of 64 tokens as transformers in fp32, each within {gaps[name]:.3f}")
+    assert gaps["graphs"] < GAP
 
 
 def test_the_log_names_the_kernel(runs: dict[str, Future[Run]]) -> None:
@@ -125,9 +130,8 @@ def test_mixed_batch_with_chunked_prefill_and_prefix_caching(runs: dict[str, Fut
     assert same >= 0.9 * MIXED * 8, f"{same} of {MIXED * 8} tokens"  # rounding in bf16 differs with the batch
 
 
-def test_ray_executor(runs: dict[str, Future[Run]], expected: list[list[int]]) -> None:
+def test_ray_executor(runs: dict[str, Future[Run]]) -> None:
     pytest.importorskip("ray")
     run = runs["ray"].result()
     assert "Using HOPPER_MLA attention backend" in run.log
-    # Steps are put together differently, and bf16 rounds with them.
-    assert agreement(run, expected) >= agreement(runs["graphs"].result(), expected) - 4
+    assert largest_gap(tokenized(SHORT), run.tokens) < GAP

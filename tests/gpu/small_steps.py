@@ -1,0 +1,32 @@
+"""A few small steps that reach every path through the kernels, for tools that slow them down a thousand times."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from test_kernel import Step
+
+from mla_backend import mla_decode
+
+STEPS: list[dict[str, Any]] = [
+    {"heads": 16},
+    {"heads": 16, "seq_lens": [9000], "query_lens": [1]},  # split over many workers
+    {"heads": 32, "page_size": 16, "dtype": torch.float16},
+    {"heads": 20, "page_size": 32, "query_padding": 1},
+    {"heads": 64, "query_padding": 8},
+    {"heads": 40, "query_lens": [1, 2, 0, 3], "query_padding": 1, "padding_rows": 2},
+    {"heads": 128, "page_size": 128, "dtype": torch.float16},
+    {"heads": 128, "seq_lens": [2500], "query_lens": [3], "causal": False},
+]
+
+
+def main() -> None:
+    for options in STEPS:
+        step = Step(**{"seq_lens": [150, 64, 0, 700], "query_lens": [1, 1, 1, 1], **options})
+        mla_decode(**step.arguments(), return_lse=True)
+        torch.cuda.synchronize()
+
+
+if __name__ == "__main__":
+    main()

@@ -93,8 +93,7 @@ void plan(const Tensor& seq_lens, Tensor& request_tiles) {
 void mla_decode(const Tensor& q_nope, const Tensor& q_pe, const Tensor& kv_cache, const Tensor& block_table,
                 const Tensor& seq_lens, const Tensor& query_start_loc, const Tensor& request_tiles, Tensor& partial_out,
                 Tensor& partial_lse, int64_t max_query_len, int64_t max_seq_len, double softmax_scale, bool causal,
-                bool batch_invariant,
-                const std::optional<Tensor>& kv_scale, Tensor& out, std::optional<Tensor>& lse) {
+                bool batch_invariant, const std::optional<Tensor>& kv_scale, Tensor& out, std::optional<Tensor>& lse) {
   const Device device = q_nope.device();
   const ScalarType type = q_nope.scalar_type();
   STD_TORCH_CHECK(device.is_cuda(), "mla_decode: q_nope is on ", describe(device), ", wanted cuda");

@@ -10,7 +10,7 @@ constexpr int kRopeDim = 64;
 constexpr int kHeadDim = kLatentDim + kRopeDim;
 constexpr int kMaxHeads = 128;
 
-constexpr int kTileTokens = 64;  // cached tokens that a thread block handles at a time: the unit of the schedule
+constexpr int kTileTokens = 64;   // cached tokens that a thread block handles at a time: the unit of the schedule
 constexpr int kPartialRows = 64;  // query rows (token and head) of a place for partial results
 
 struct DecodeParams {
@@ -29,8 +29,8 @@ struct DecodeParams {
 
   int tokens, heads, requests, page_size;
   uint32_t heads_reciprocal;  // 2^32 / heads, rounded up
-  int max_query_len;    // query tokens that a request may have
-  int multiprocessors;  // that there are places for partial results for
+  int max_query_len;          // query tokens that a request may have
+  int multiprocessors;        // that there are places for partial results for
   // Set with the choice of the kernel: a request's query rows (token and head) are handled in blocks of whole tokens, and
   // each of them by workers (thread blocks, or clusters of them) that share the tiles.
   int block_rows, row_blocks, workers;

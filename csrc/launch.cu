@@ -71,7 +71,7 @@ void decode(Kernel kernel, DecodeParams& params, const Cache& cache, CUtensorMap
   constexpr int kRopeColumns = kRopeDim / kCluster;
   sm90::TensorMaps maps = {};
   maps.latent = of_cache(64);
-  maps.rope = of_cache(kRopeColumns);
+  maps.rope = kRopeColumns == 64 ? maps.latent : of_cache(kRopeColumns);
   if (params.queries_are_vectors) {
     maps.latent_query = of_queries(params.q_nope, kLatentDim, params.q_nope_token_stride, params.q_nope_head_stride, 64);
     maps.rope_query = of_queries(params.q_pe, kRopeDim, params.q_pe_token_stride, params.q_pe_head_stride, kRopeColumns);
@@ -88,7 +88,7 @@ void decode(Kernel kernel, DecodeParams& params, const Cache& cache, CUtensorMap
 
 template <typename Element, typename Shape>
 void combine(const DecodeParams& params, cudaStream_t stream) {
-  // Its blocks find their work while the decode kernel ends, and wait for its results then.
+  // It need not wait until all that the decode kernel wrote is there: its blocks find their work first.
   cudaLaunchAttribute overlap;
   overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
   overlap.val.programmaticStreamSerializationAllowed = 1;

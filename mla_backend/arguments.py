@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 import torch
 
-from mla_backend.dimensions import BLOCK_ROWS, HEAD_DIM, KV_LORA_RANK, MAX_HEADS, QK_ROPE_HEAD_DIM, TILE_TOKENS
+from mla_backend.dimensions import HEAD_DIM, KV_LORA_RANK, MAX_HEADS, PARTIAL_ROWS, QK_ROPE_HEAD_DIM, TILE_TOKENS
 
 QUERY_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 COMPILED_DTYPES = (torch.bfloat16, torch.float16)
@@ -73,8 +73,8 @@ def check_arguments(
             f"make it with DecodeSchedule.plan(seq_lens, ...)."
         )
     _check("schedule.request_tiles", request_tiles, (requests + 1,), torch.int32, device)
-    _check("schedule.buffers.partial_lse", partial_lse, ("workers", 2, BLOCK_ROWS), torch.float32, device)
-    parts = (partial_lse.shape[0], 2, BLOCK_ROWS, KV_LORA_RANK)
+    _check("schedule.buffers.partial_lse", partial_lse, ("workers", 2, PARTIAL_ROWS), torch.float32, device)
+    parts = (partial_lse.shape[0], 2, PARTIAL_ROWS, KV_LORA_RANK)
     _check("schedule.buffers.partial_out", partial_out, parts, torch.float32, device)
     for name, tensor in {"partial_lse": partial_lse, "partial_out": partial_out}.items():
         if not tensor.is_contiguous():

@@ -13,5 +13,5 @@ MAX_HEADS = 128
 TILE_TOKENS = 64
 """Cached tokens that a worker handles at a time: the unit in which requests are split."""
 
-BLOCK_ROWS = 64
-"""Query rows (token and head) that a worker handles at a time."""
+PARTIAL_ROWS = 64
+"""Query rows (token and head) of a place for partial results, of which every multiprocessor has two."""

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from mla_backend.dimensions import BLOCK_ROWS, KV_LORA_RANK
+from mla_backend.dimensions import KV_LORA_RANK, PARTIAL_ROWS
 
 
 @dataclass(frozen=True)
@@ -15,8 +15,8 @@ class ScheduleBuffers:
 
     Attributes:
         request_tiles: [max_requests + 1] int32, see `DecodeSchedule`.
-        partial_out: [workers, 2, 64, 512] fp32: a worker may hold a part of its first request and of its last.
-        partial_lse: [workers, 2, 64] fp32, the base-2 logarithm of the parts' softmax denominators.
+        partial_out: [multiprocessors, 2, 64, 512] fp32: a worker may hold a part of its first request and of its last.
+        partial_lse: [multiprocessors, 2, 64] fp32, the base-2 logarithm of the parts' softmax denominators.
     """
 
     request_tiles: torch.Tensor
@@ -25,12 +25,12 @@ class ScheduleBuffers:
 
     @classmethod
     def allocate(cls, max_requests: int, device: torch.device) -> ScheduleBuffers:
-        """Allocate for `max_requests` requests; a GPU has a worker per multiprocessor, the CPU splits nothing."""
-        workers = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 0
+        """Allocate for `max_requests` requests; the CPU splits nothing and needs no partial results."""
+        multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 0
         return cls(
             request_tiles=torch.zeros(max_requests + 1, dtype=torch.int32, device=device),
-            partial_out=torch.empty(workers, 2, BLOCK_ROWS, KV_LORA_RANK, dtype=torch.float32, device=device),
-            partial_lse=torch.empty(workers, 2, BLOCK_ROWS, dtype=torch.float32, device=device),
+            partial_out=torch.empty(multiprocessors, 2, PARTIAL_ROWS, KV_LORA_RANK, dtype=torch.float32, device=device),
+            partial_lse=torch.empty(multiprocessors, 2, PARTIAL_ROWS, dtype=torch.float32, device=device),
         )
 
     @property
@@ -43,9 +43,9 @@ class DecodeSchedule:
     """The work of one decode step, divided evenly; computed once per step and reused by every layer.
 
     Lay the tiles of all requests end to end: request `r` owns tiles `request_tiles[r]:request_tiles[r + 1]`, each of
-    `TILE_TOKENS` cached tokens. Of the sum, `n` tiles, each of the `w` workers that share a block of query rows gets
-    `n // w`, and the first `n % w` of them one more; csrc/sm90/work.cuh says which workers stay idle. A worker may so
-    cross from one request into the next, and a request may be split over several workers, which combine their results.
+    `TILE_TOKENS` cached tokens. The kernel's workers, one or two multiprocessors each, divide the sum into nearly equal
+    shares, in the order of the tiles (csrc/sm90/work.cuh says how). A worker may so cross from one request into the
+    next, and a request may be split over several workers, whose partial results are combined.
 
     Attributes:
         request_tiles: [requests + 1] int32, on the device of the cache.

@@ -44,14 +44,14 @@ __global__ void __launch_bounds__(Shape::kThreads) combine_kernel(const __grid_c
   const int token = blockIdx.y;
   const int head = blockIdx.x * Shape::kRows + threadIdx.x / (Shape::kRowThreads * Shape::kGroups);
 
-  // Everything up to the wait depends on the schedule only, and overlaps the end of the decode kernel.
+  // Everything up to the wait depends on the schedule only.
   const bool owned = token < params.query_start_loc[params.requests];
   const int request = owned ? find_owner(params.query_start_loc, params.requests, token) : 0;
   const int begin = owned ? params.request_tiles[request] : 0, end = owned ? params.request_tiles[request + 1] : 0;
   const Shares shares(params);
   const int first = begin < end ? shares.worker_of(begin) : 0, last = begin < end ? shares.worker_of(end - 1) : 0;
   if (begin < end && (first == last || params.batch_invariant)) return;  // written by its only worker
-  if (head >= params.heads) return;          // a whole warp: rows with several groups have a block for themselves
+  if (head >= params.heads) return;  // a whole warp: rows with several groups have a block for themselves
 
   Element* to = static_cast<Element*>(params.out) + token * params.out_token_stride + head * params.out_head_stride;
   float* lse = params.lse == nullptr ? nullptr

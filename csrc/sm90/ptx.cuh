@@ -20,13 +20,6 @@ __device__ __forceinline__ void store_shared(uint32_t address, uint4 value) {
                : "memory");
 }
 
-// Copies 16 bytes in the background; those past the first `bytes` become zeros.
-__device__ __forceinline__ void copy_async(uint32_t to, const void* from, int bytes) {
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(bytes) : "memory");
-}
-
-__device__ __forceinline__ void wait_for_copies() { asm volatile("cp.async.wait_all;" ::: "memory"); }
-
 // --- mbarrier -------------------------------------------------------------------------------------------------------
 
 __device__ __forceinline__ void mbarrier_init(uint64_t* barrier, uint32_t arrivals) {
@@ -141,17 +134,10 @@ __device__ __forceinline__ void setmaxnreg_dec() {
   asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kRegisters));
 }
 
-// With programmatic dependent launch: wait for the kernels before this one, or let the next one start.
+// With programmatic dependent launch: wait for what the kernels before this one wrote.
 __device__ __forceinline__ void wait_for_previous_kernel() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
-__device__ __forceinline__ void let_next_kernel_start() { asm volatile("griddepcontrol.launch_dependents;"); }
 
-__device__ __forceinline__ void stmatrix_x4(uint32_t address, uint32_t a, uint32_t b, uint32_t c, uint32_t d) {
-  asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(a), "r"(b), "r"(c),
-               "r"(d)
-               : "memory");
-}
-
-// Like stmatrix_x4, but each 8 x 8 matrix is stored transposed.
+// Stores four 8 x 8 matrices, each transposed; the 32 lanes point at their 32 rows.
 __device__ __forceinline__ void stmatrix_x4_trans(uint32_t address, uint32_t a, uint32_t b, uint32_t c, uint32_t d) {
   asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(a), "r"(b),
                "r"(c), "r"(d)
@@ -246,44 +232,36 @@ struct Matrix {
                : MLA_C64(0), MLA_C64(64)                                                           \
                : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(add))
 
+#define MLA_OF_ELEMENT(wgmma)                             \
+  if constexpr (std::is_same_v<Element, __nv_bfloat16>) { \
+    wgmma("bf16");                                        \
+  } else {                                                \
+    wgmma("f16");                                         \
+  }
+
 // c [64 x N] (+)= a [64 x 16] times b [16 x N], K-major; a is K-major, or M-major where kTransposedA is 1.
 template <typename Element, int kTransposedA = 0>
 __device__ __forceinline__ void wgmma(float (&c)[8], uint64_t a, uint64_t b, int add) {
-  if constexpr (std::is_same_v<Element, __nv_bfloat16>) {
-    MLA_WGMMA_N16("bf16");
-  } else {
-    MLA_WGMMA_N16("f16");
-  }
+  MLA_OF_ELEMENT(MLA_WGMMA_N16)
 }
 
 template <typename Element, int kTransposedA = 0>
 __device__ __forceinline__ void wgmma(float (&c)[16], uint64_t a, uint64_t b, int add) {
-  if constexpr (std::is_same_v<Element, __nv_bfloat16>) {
-    MLA_WGMMA_N32("bf16");
-  } else {
-    MLA_WGMMA_N32("f16");
-  }
+  MLA_OF_ELEMENT(MLA_WGMMA_N32)
 }
 
 template <typename Element, int kTransposedA = 0>
 __device__ __forceinline__ void wgmma(float (&c)[32], uint64_t a, uint64_t b, int add) {
-  if constexpr (std::is_same_v<Element, __nv_bfloat16>) {
-    MLA_WGMMA_N64("bf16");
-  } else {
-    MLA_WGMMA_N64("f16");
-  }
+  MLA_OF_ELEMENT(MLA_WGMMA_N64)
 }
 
 // c [64 x 256] (+)= a [64 x 16], in registers, times b [16 x 256], MN-major.
 template <typename Element>
 __device__ __forceinline__ void wgmma_transposed_b(float (&c)[128], const uint32_t* a, uint64_t b, int add) {
-  if constexpr (std::is_same_v<Element, __nv_bfloat16>) {
-    MLA_WGMMA_N256("bf16");
-  } else {
-    MLA_WGMMA_N256("f16");
-  }
+  MLA_OF_ELEMENT(MLA_WGMMA_N256)
 }
 
+#undef MLA_OF_ELEMENT
 #undef MLA_WGMMA_N256
 #undef MLA_WGMMA_N64
 #undef MLA_WGMMA_N32

@@ -1,4 +1,4 @@
-// What the decode kernels share: tiles and queries in shared memory, and the producer that brings tiles.
+// What the decode kernels share: tiles and queries in shared memory, the warps that bring them, and where results go.
 #pragma once
 
 #include "ptx.cuh"

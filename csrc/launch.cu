@@ -46,7 +46,7 @@ CUtensorMap encode(CUtensorMapDataType type, const void* data, int64_t columns, 
   const CUresult result =
       encoder(&map, type, 3, const_cast<void*>(data), sizes, strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
               box_columns * kBytes == 128 ? CU_TENSOR_MAP_SWIZZLE_128B : CU_TENSOR_MAP_SWIZZLE_64B,
-              CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+              CU_TENSOR_MAP_L2_PROMOTION_NONE, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   if (result != CUDA_SUCCESS) throw std::runtime_error("cuTensorMapEncodeTiled failed with " + std::to_string(result));
   return map;
 }
@@ -93,12 +93,13 @@ void combine(const DecodeParams& params, cudaStream_t stream) {
   overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
   overlap.val.programmaticStreamSerializationAllowed = 1;
   cudaLaunchConfig_t config = {};
-  config.gridDim = dim3((params.heads + Shape::kRows - 1) / Shape::kRows, params.tokens);
+  config.gridDim = dim3((params.heads + Shape::kRows - 1) / Shape::kRows * Shape::kColumnParts, params.tokens);
   config.blockDim = Shape::kThreads;
   config.stream = stream;
   config.attrs = &overlap;
   config.numAttrs = 1;
-  check("combine kernel", cudaLaunchKernelEx(&config, sm90::combine_kernel<Element, Shape>, params));
+  const auto kernel = sm90::combine_kernel<Element, Shape>;
+  check("combine kernel", cudaLaunchKernelEx(&config, kernel, params));
 }
 
 template <typename Element>
@@ -114,10 +115,13 @@ void launch(DecodeParams params, const Cache& cache, CUtensorMapDataType type, c
   } else {
     decode<WideShared<Element, 128>, 128, 2, 2>(decode_wide_kernel<Element, 128>, params, cache, type, stream);
   }
-  if (static_cast<int64_t>(params.tokens) * params.heads >= kManyRows) {
-    combine<Element, CombineManyRows>(params, stream);
-  } else {
+  const int64_t all_rows = static_cast<int64_t>(params.tokens) * params.heads;
+  if (all_rows < kSomeRows) {
     combine<Element, CombineFewRows>(params, stream);
+  } else if (all_rows < kManyRows) {
+    combine<Element, CombineSomeRows>(params, stream);
+  } else {
+    combine<Element, CombineManyRows>(params, stream);
   }
 }
 

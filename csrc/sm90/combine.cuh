@@ -5,20 +5,24 @@
 
 namespace mla_backend::sm90 {
 
-// How a thread block is spread over query rows. A row's 512 columns are held by `kRowThreads` threads, its partial
-// results are divided among `kGroups` such sets of threads, and a block has `kRows` rows.
-template <int kRowThreads_, int kGroups_, int kRows_>
+// How a thread block is spread over query rows: it has `kRows` of them, and of each kVectors x 4 columns for each of
+// `kRowThreads` threads. The row's partial results are divided among `kGroups` such sets of threads, each of which asks for
+// `kAtOnce` of them before it looks at the first.
+template <int kRowThreads_, int kVectors_, int kGroups_, int kRows_, int kAtOnce_>
 struct CombineShape {
-  static constexpr int kRowThreads = kRowThreads_, kGroups = kGroups_, kRows = kRows_;
+  static constexpr int kRowThreads = kRowThreads_, kVectors = kVectors_, kGroups = kGroups_, kRows = kRows_;
+  static constexpr int kAtOnce = kAtOnce_;
   static constexpr int kThreads = kRowThreads * kGroups * kRows;
-  static constexpr int kVectors = kLatentDim / (4 * kRowThreads);  // of four columns, per thread
+  static constexpr int kColumns = kRowThreads * kVectors * 4, kColumnParts = kLatentDim / kColumns;
 };
 
-// Few rows: each may have a partial result of every multiprocessor, which many threads read side by side.
-using CombineFewRows = CombineShape<128, 4, 1>;
+// Few rows: each may have a partial result of every multiprocessor, and all of them are asked for at once, by as many thread
+// blocks as there are multiprocessors for 16 rows.
+using CombineFewRows = CombineShape<16, 1, 16, 1, 9>;
+using CombineSomeRows = CombineShape<128, 1, 4, 1, 4>;
 // Many rows: most have two partial results, and what counts is how many rows are under way at a time.
-using CombineManyRows = CombineShape<32, 1, 8>;
-constexpr int kManyRows = 1024;
+using CombineManyRows = CombineShape<32, 4, 1, 8, 2>;
+constexpr int kSomeRows = 128, kManyRows = 1024;
 
 template <typename Element>
 __device__ __forceinline__ void store_four(Element* to, float4 value) {
@@ -37,12 +41,12 @@ __device__ __forceinline__ void add(float4& sum, float4 value, float weight) {
 
 template <typename Element, typename Shape>
 __global__ void __launch_bounds__(Shape::kThreads) combine_kernel(const __grid_constant__ DecodeParams params) {
-  __shared__ float4 sums[Shape::kGroups][Shape::kVectors][Shape::kRowThreads];
-  const int lane = threadIdx.x % 32;
+  constexpr int kGroups = Shape::kGroups, kVectors = Shape::kVectors, kAtOnce = Shape::kAtOnce;
   const int column = threadIdx.x % Shape::kRowThreads;
-  const int group = threadIdx.x / Shape::kRowThreads % Shape::kGroups;
+  const int group = threadIdx.x / Shape::kRowThreads % kGroups;
   const int token = blockIdx.y;
-  const int head = blockIdx.x * Shape::kRows + threadIdx.x / (Shape::kRowThreads * Shape::kGroups);
+  const int head = blockIdx.x / Shape::kColumnParts * Shape::kRows + threadIdx.x / (Shape::kRowThreads * kGroups);
+  const int first_column = blockIdx.x % Shape::kColumnParts * Shape::kColumns;
 
   // Everything up to the wait depends on the schedule only.
   const bool owned = token < params.query_start_loc[params.requests];
@@ -50,16 +54,20 @@ __global__ void __launch_bounds__(Shape::kThreads) combine_kernel(const __grid_c
   const int begin = owned ? params.request_tiles[request] : 0, end = owned ? params.request_tiles[request + 1] : 0;
   const Shares shares(params);
   const int first = begin < end ? shares.worker_of(begin) : 0, last = begin < end ? shares.worker_of(end - 1) : 0;
+  // All blocks wait, or the next kernel might start when this one is done and the decode kernel is not.
+  ptx::wait_for_previous_kernel();
   if (begin < end && (first == last || params.batch_invariant)) return;  // written by its only worker
   if (head >= params.heads) return;  // a whole warp: rows with several groups have a block for themselves
 
-  Element* to = static_cast<Element*>(params.out) + token * params.out_token_stride + head * params.out_head_stride;
-  float* lse = params.lse == nullptr ? nullptr
-                                     : params.lse + token * params.lse_token_stride + head * params.lse_head_stride;
+  Element* to = static_cast<Element*>(params.out) + token * params.out_token_stride + head * params.out_head_stride +
+                first_column;
+  float* lse = params.lse == nullptr || first_column > 0
+                   ? nullptr
+                   : params.lse + token * params.lse_token_stride + head * params.lse_head_stride;
   if (begin == end) {  // no request owns the row, or its request is empty
     if (group > 0) return;
 #pragma unroll
-    for (int v = 0; v < Shape::kVectors; ++v) {
+    for (int v = 0; v < kVectors; ++v) {
       store_four<Element>(to + (v * Shape::kRowThreads + column) * 4, make_float4(0, 0, 0, 0));
     }
     if (column == 0 && lse != nullptr) *lse = -INFINITY;
@@ -71,45 +79,65 @@ __global__ void __launch_bounds__(Shape::kThreads) combine_kernel(const __grid_c
   const auto part_of = [&](int worker) {
     return partial_row(params, row_block, worker, worker > first || first_begins_share) + block_row;
   };
-  ptx::wait_for_previous_kernel();
-
-  float peak = -INFINITY;
-  for (int worker = first + lane; worker <= last; worker += 32) {
-    peak = fmaxf(peak, params.partial_lse[part_of(worker)]);
-  }
-#pragma unroll
-  for (int offset = 16; offset > 0; offset /= 2) peak = fmaxf(peak, __shfl_xor_sync(~0u, peak, offset));
+  // Relative to the greatest denominator so far, as in an online softmax, so that nothing waits for the greatest of all.
   // A row that sees no token in any part has the peak -inf, and -inf - -inf would be NaN.
-  const float shift = peak == -INFINITY ? 0 : peak;
-
-  float total = 0;
-  float4 sum[Shape::kVectors] = {};
-#pragma unroll 4
-  for (int worker = first + group; worker <= last; worker += Shape::kGroups) {
-    const int64_t row_of_part = part_of(worker);
-    const float weight = ptx::exp2(params.partial_lse[row_of_part] - shift);
-    const float4* part = reinterpret_cast<const float4*>(params.partial_out + row_of_part * kLatentDim) + column;
-    total += weight;
+  const auto exponent = [](float peak) { return peak == -INFINITY ? 0 : peak; };
+  float peak = -INFINITY, total = 0;
+  float4 sum[kVectors] = {};
+  for (int worker = first + group; worker <= last; worker += kGroups * kAtOnce) {
+    float part_lse[kAtOnce];
+    float4 part[kAtOnce][kVectors];
 #pragma unroll
-    for (int v = 0; v < Shape::kVectors; ++v) add(sum[v], part[v * Shape::kRowThreads], weight);
+    for (int i = 0; i < kAtOnce; ++i) {
+      part_lse[i] = -INFINITY;
+      if (worker + i * kGroups > last) continue;
+      const int64_t row_of_part = part_of(worker + i * kGroups);
+      part_lse[i] = params.partial_lse[row_of_part];
+      const float* from = params.partial_out + row_of_part * kLatentDim + first_column;
+#pragma unroll
+      for (int v = 0; v < kVectors; ++v) part[i][v] = reinterpret_cast<const float4*>(from)[v * Shape::kRowThreads + column];
+    }
+    const float before = peak;
+#pragma unroll
+    for (int i = 0; i < kAtOnce; ++i) peak = fmaxf(peak, part_lse[i]);
+    const float decay = ptx::exp2(before - exponent(peak));
+    total *= decay;
+#pragma unroll
+    for (int v = 0; v < kVectors; ++v) sum[v].x *= decay, sum[v].y *= decay, sum[v].z *= decay, sum[v].w *= decay;
+#pragma unroll
+    for (int i = 0; i < kAtOnce; ++i) {
+      if (worker + i * kGroups > last) continue;
+      const float weight = ptx::exp2(part_lse[i] - exponent(peak));
+      total += weight;
+#pragma unroll
+      for (int v = 0; v < kVectors; ++v) add(sum[v], part[i][v], weight);
+    }
   }
-  if constexpr (Shape::kGroups > 1) {
-    __shared__ float totals[Shape::kGroups];
+  if constexpr (kGroups > 1) {
+    __shared__ float peaks[kGroups], totals[kGroups];
+    __shared__ float4 sums[kGroups][kVectors][Shape::kRowThreads];
 #pragma unroll
-    for (int v = 0; v < Shape::kVectors; ++v) sums[group][v][column] = sum[v];
-    if (column == 0) totals[group] = total;
+    for (int v = 0; v < kVectors; ++v) sums[group][v][column] = sum[v];
+    if (column == 0) peaks[group] = peak, totals[group] = total;
     __syncthreads();
     if (group > 0) return;
 #pragma unroll
-    for (int g = 1; g < Shape::kGroups; ++g) {
-      total += totals[g];
+    for (int g = 1; g < kGroups; ++g) peak = fmaxf(peak, peaks[g]);
+    const float weight = ptx::exp2(peaks[0] - exponent(peak));
+    total *= weight;
 #pragma unroll
-      for (int v = 0; v < Shape::kVectors; ++v) add(sum[v], sums[g][v][column], 1);
+    for (int v = 0; v < kVectors; ++v) sum[v].x *= weight, sum[v].y *= weight, sum[v].z *= weight, sum[v].w *= weight;
+#pragma unroll
+    for (int g = 1; g < kGroups; ++g) {
+      const float weight = ptx::exp2(peaks[g] - exponent(peak));
+      total += weight * totals[g];
+#pragma unroll
+      for (int v = 0; v < kVectors; ++v) add(sum[v], sums[g][v][column], weight);
     }
   }
   const float factor = total > 0 ? 1 / total : 0;
 #pragma unroll
-  for (int v = 0; v < Shape::kVectors; ++v) {
+  for (int v = 0; v < kVectors; ++v) {
     const float4 result = make_float4(sum[v].x * factor, sum[v].y * factor, sum[v].z * factor, sum[v].w * factor);
     store_four<Element>(to + (v * Shape::kRowThreads + column) * 4, result);
   }

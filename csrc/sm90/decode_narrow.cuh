@@ -161,7 +161,8 @@ __device__ void consume_narrow(const DecodeParams& params, NarrowShared<Element,
       if (threadIdx.x % 128 == 0) shared.tiles.release(number);
     }
 
-    if (threadIdx.x % 128 == 0) shared.queries.release(pieces);
+    __syncwarp();
+    if (lane == 0) shared.queries.release(pieces);
 
     // Denominators: over the lanes, then over the warps.
 #pragma unroll
@@ -213,10 +214,11 @@ __global__ void __launch_bounds__(kThreads, 1)
   if (threadIdx.x == 0) {
     maps.prefetch();
     shared.tiles.initialise(2);
-    shared.queries.initialise(2);
+    shared.queries.initialise(kMathThreads / 32);  // a lane of each warp
     ptx::fence_mbarrier_init();
   }
   __syncthreads();
+  ptx::let_next_kernel_start();
   run_roles(
       [&] {
         bring_tiles<kTileTokens>(params, blockIdx.x, shared.tiles, kHeadDim * sizeof(Element),

@@ -141,7 +141,8 @@ class WideConsumer {
 #pragma unroll
         for (int j = 0; j < 8; ++j) probability[j] = next_probability[j];
       }
-      if (thread == 0) shared.queries.release(pieces_done);
+      __syncwarp();
+      if (lane == 0) shared.queries.release(pieces_done);
       receive(probability, out, tiles - 1);
       start_values(out, probability, tiles - 1);
       finish_values(out, tiles - 1);
@@ -375,7 +376,7 @@ class WideConsumer {
       }
     }
     ptx::named_barrier_sync<128>(kMathBarrier + 1 + group);
-    if (thread == 0) shared.queries.release(pieces_done);
+    if (lane == 0) shared.queries.release(pieces_done);
     const float one[2] = {1, 1};
     if (group == 0) {
       store<0, 64>(out, one);
@@ -440,7 +441,7 @@ __global__ void __cluster_dims__(2) __launch_bounds__(kThreads, 1)
   if (threadIdx.x == 0) {
     maps.prefetch();
     shared.tiles.initialise(kRows / 64);
-    shared.queries.initialise(2);
+    shared.queries.initialise(kMathThreads / 32);  // a lane of each warp
     for (int i = 0; i < 2; ++i) {
       ptx::mbarrier_init(&shared.scores_full[i][0], 1);
       ptx::mbarrier_init(&shared.scores_full[i][1], 1);
@@ -451,6 +452,7 @@ __global__ void __cluster_dims__(2) __launch_bounds__(kThreads, 1)
     ptx::fence_mbarrier_init();
   }
   ptx::cluster_sync();
+  ptx::let_next_kernel_start();
   const int rank = ptx::cluster_rank(), worker = blockIdx.x / 2;
   run_roles(
       [&] {

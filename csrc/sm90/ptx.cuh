@@ -134,7 +134,8 @@ __device__ __forceinline__ void setmaxnreg_dec() {
   asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kRegisters));
 }
 
-// With programmatic dependent launch: wait for what the kernels before this one wrote.
+// With programmatic dependent launch: let the next kernel start, and wait for what the kernels before this one wrote.
+__device__ __forceinline__ void let_next_kernel_start() { asm volatile("griddepcontrol.launch_dependents;"); }
 __device__ __forceinline__ void wait_for_previous_kernel() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
 
 // Stores four 8 x 8 matrices, each transposed; the 32 lanes point at their 32 rows.

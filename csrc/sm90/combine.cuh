@@ -54,16 +54,21 @@ __global__ void __launch_bounds__(Shape::kThreads) combine_kernel(const __grid_c
   const int begin = owned ? params.request_tiles[request] : 0, end = owned ? params.request_tiles[request + 1] : 0;
   const Shares shares(params);
   const int first = begin < end ? shares.worker_of(begin) : 0, last = begin < end ? shares.worker_of(end - 1) : 0;
-  // All blocks wait, or the next kernel might start when this one is done and the decode kernel is not.
-  ptx::wait_for_previous_kernel();
-  if (begin < end && (first == last || params.batch_invariant)) return;  // written by its only worker
-  if (head >= params.heads) return;  // a whole warp: rows with several groups have a block for themselves
-
+  const int row = owned ? (token - params.query_start_loc[request]) * params.heads + head : 0;
+  const int row_block = row / params.block_rows, block_row = row % params.block_rows;
+  const bool first_begins_share = shares.begin(first) == begin;
+  const auto part_of = [&](int worker) {
+    return partial_row(params, row_block, worker, worker > first || first_begins_share) + block_row;
+  };
   Element* to = static_cast<Element*>(params.out) + token * params.out_token_stride + head * params.out_head_stride +
                 first_column;
   float* lse = params.lse == nullptr || first_column > 0
                    ? nullptr
                    : params.lse + token * params.lse_token_stride + head * params.lse_head_stride;
+  // All blocks wait, or the next kernel might start when this one is done and the decode kernel is not.
+  ptx::wait_for_previous_kernel();
+  if (begin < end && (first == last || params.batch_invariant)) return;  // written by its only worker
+  if (head >= params.heads) return;  // a whole warp: rows with several groups have a block for themselves
   if (begin == end) {  // no request owns the row, or its request is empty
     if (group > 0) return;
 #pragma unroll
@@ -73,12 +78,7 @@ __global__ void __launch_bounds__(Shape::kThreads) combine_kernel(const __grid_c
     if (column == 0 && lse != nullptr) *lse = -INFINITY;
     return;
   }
-  const int row = (token - params.query_start_loc[request]) * params.heads + head;
-  const int row_block = row / params.block_rows, block_row = row % params.block_rows;
-  const bool first_begins_share = shares.begin(first) == begin;
-  const auto part_of = [&](int worker) {
-    return partial_row(params, row_block, worker, worker > first || first_begins_share) + block_row;
-  };
+
   // Relative to the greatest denominator so far, as in an online softmax, so that nothing waits for the greatest of all.
   // A row that sees no token in any part has the peak -inf, and -inf - -inf would be NaN.
   const auto exponent = [](float peak) { return peak == -INFINITY ? 0 : peak; };

@@ -217,11 +217,12 @@ __global__ void __launch_bounds__(kThreads, 1)
     shared.queries.initialise(kMathThreads / 32);  // a lane of each warp
     ptx::fence_mbarrier_init();
   }
-  __syncthreads();
   ptx::let_next_kernel_start();
+  const auto meet = [] { ptx::named_barrier_sync<kThreads>(0); };
   run_roles(
+      meet,
       [&] {
-        bring_tiles<kTileTokens>(params, blockIdx.x, shared.tiles, kHeadDim * sizeof(Element),
+        bring_tiles<kTileTokens>(params, blockIdx.x, shared.tiles, kHeadDim * sizeof(Element), meet,
                     [&](int stage, int tile_row, int page, int page_row) {
 #pragma unroll
                       for (int block = 0; block < kColumnBlocks; ++block) {
@@ -232,7 +233,7 @@ __global__ void __launch_bounds__(kThreads, 1)
       },
       [&] {
         bring_queries(
-            params, blockIdx.x, shared.queries, shared.work, params.block_rows * kHeadDim * sizeof(Element),
+            params, blockIdx.x, shared.queries, shared.work, params.block_rows * kHeadDim * sizeof(Element), meet,
             [&](int stage, int token) {
 #pragma unroll
               for (int block = 0; block < kColumnBlocks; ++block) {

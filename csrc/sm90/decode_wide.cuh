@@ -451,12 +451,12 @@ __global__ void __cluster_dims__(2) __launch_bounds__(kThreads, 1)
     }
     ptx::fence_mbarrier_init();
   }
-  ptx::cluster_sync();
   ptx::let_next_kernel_start();
   const int rank = ptx::cluster_rank(), worker = blockIdx.x / 2;
   run_roles(
+      ptx::cluster_sync,
       [&] {
-        bring_tiles<kHalfTokens>(params, worker, shared.tiles, (kBlockLatent + kBlockRope) * sizeof(Element),
+        bring_tiles<kHalfTokens>(params, worker, shared.tiles, (kBlockLatent + kBlockRope) * sizeof(Element), ptx::cluster_sync,
                     [&](int stage, int token, int page, int page_row) {
                       auto& tile = shared.tile[stage];
                       const int tile_row = token ^ rank * kHalfTokens;  // the own tokens first
@@ -472,6 +472,7 @@ __global__ void __cluster_dims__(2) __launch_bounds__(kThreads, 1)
       [&] {
         bring_queries(
             params, worker, shared.queries, shared.work, params.block_rows * (kBlockLatent + kBlockRope) * sizeof(Element),
+            ptx::cluster_sync,
             [&](int, int token) {
 #pragma unroll
               for (int block = 0; block < kLatentBlocks; ++block) {

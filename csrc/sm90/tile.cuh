@@ -57,14 +57,19 @@ struct Pipeline {
 };
 
 // The tile warp: bring the tiles of this worker's share, stage after stage, as consumers empty them. `load(stage,
-// token, page, page_row)` starts the copies of a box of tokens, `token_bytes` for each of them.
-template <int kMaxBoxTokens, typename Pipeline, typename Load>
-__device__ void bring_tiles(const DecodeParams& params, int worker, Pipeline& pipeline, int token_bytes, Load load) {
+// token, page, page_row)` starts the copies of a box of tokens, `token_bytes` for each of them. `meet` waits until the
+// pipelines are initialised.
+template <int kMaxBoxTokens, typename Pipeline, typename Meet, typename Load>
+__device__ void bring_tiles(const DecodeParams& params, int worker, Pipeline& pipeline, int token_bytes, Meet meet,
+                            Load load) {
   const int lane = threadIdx.x % 32;
   const int box_tokens = min(params.page_size, kMaxBoxTokens), tile_boxes = kTileTokens / box_tokens;
   int number = 0;
   Piece piece;
-  for (Pieces pieces(params, worker); pieces.take(piece);) {
+  Pieces pieces(params, worker);
+  bool more = pieces.take(piece);
+  meet();
+  for (; more; more = pieces.take(piece)) {
     // The lanes hold the page numbers of the next 64 boxes. They do not wait for the length where a tile
     // lies in one page.
     const int32_t* pages = params.block_table + piece.request * params.block_table_stride;
@@ -125,13 +130,16 @@ __device__ void copy_rows(const DecodeParams& params, const Element* from, int64
 // piece is; after the last a piece without tiles. `load(stage, token)` starts the copies of the block that begins with this
 // query token, `bytes` in all; `copy(stage, piece)` does the same without the copy engine. Rows past the request's are
 // whatever lies there, and nobody looks at what becomes of them.
-template <typename Pipeline, typename Load, typename Copy>
-__device__ void bring_queries(const DecodeParams& params, int worker, Pipeline& pipeline, Piece* work, int bytes, Load load,
-                              Copy copy) {
+template <typename Pipeline, typename Meet, typename Load, typename Copy>
+__device__ void bring_queries(const DecodeParams& params, int worker, Pipeline& pipeline, Piece* work, int bytes, Meet meet,
+                              Load load, Copy copy) {
   const int lane = threadIdx.x % 32;
   int number = 0;
   Piece piece;
-  for (Pieces pieces(params, worker); pieces.take(piece);) {
+  Pieces pieces(params, worker);
+  bool more = pieces.take(piece);
+  meet();
+  for (; more; more = pieces.take(piece)) {
     const int first_row = blockIdx.y * params.block_rows;
     if (first_row >= piece.rows(params)) continue;
     const int stage = pipeline.stage(number);
@@ -258,17 +266,21 @@ __device__ Shared& shared_memory() {
 
 // Divide the block's threads into their roles. Together they can have at most the registers that the block was started with
 // (168 for each of 384 threads), or the increase waits for ever.
-template <typename Tiles, typename Queries, typename Consume>
-__device__ void run_roles(Tiles tiles, Queries queries, Consume consume) {
+// All meet when the pipelines are initialised, and those who bring something look up what before they do.
+template <typename Meet, typename Tiles, typename Queries, typename Consume>
+__device__ void run_roles(Meet meet, Tiles tiles, Queries queries, Consume consume) {
   if (threadIdx.x < kMathThreads) {
-    ptx::setmaxnreg_inc<232>();
+    meet();
+    ptx::setmaxnreg_inc<224>();
     consume();
   } else {
-    ptx::setmaxnreg_dec<40>();
+    ptx::setmaxnreg_dec<56>();
     if (threadIdx.x < kMathThreads + 32) {
       tiles();
     } else if (threadIdx.x < kMathThreads + 64) {
       queries();
+    } else {
+      meet();
     }
   }
 }

@@ -108,6 +108,11 @@ class Pieces {
       request_ = worker - params.workers;
       return;
     }
+    // Asked for together with the schedule: a kernel cannot start before it knows its first request.
+    if (const int lane = threadIdx.x % 32; lane < params.requests) {
+      seq_len_ = params.seq_lens[lane];
+      first_token_ = params.query_start_loc[lane], end_token_ = params.query_start_loc[lane + 1];
+    }
     const Shares shares(params);
     next_ = share_begin_ = shares.begin(worker);
     end_ = shares.begin(worker + 1);
@@ -126,9 +131,14 @@ class Pieces {
     if (next_ >= end_) return false;
     while (params_.request_tiles[request_ + 1] <= next_) ++request_;
     const int begin = params_.request_tiles[request_], end = params_.request_tiles[request_ + 1];
-    const int first_token = params_.query_start_loc[request_], end_token = params_.query_start_loc[request_ + 1];
+    const bool held = request_ < 32 && !params_.batch_invariant;
+    const auto of_request = [&](int mine, const int32_t* all) {
+      return held ? __shfl_sync(~0u, mine, request_) : all[request_];
+    };
+    const int first_token = of_request(first_token_, params_.query_start_loc);
+    const int end_token = of_request(end_token_, params_.query_start_loc + 1);
     piece = {request_, next_ - begin, min(end, end_) - begin, end - begin, next_ == share_begin_,
-             first_token, end_token - first_token, params_.seq_lens[request_]};
+             first_token, end_token - first_token, of_request(seq_len_, params_.seq_lens)};
     next_ = begin + piece.last_tile;
     return true;
   }
@@ -136,6 +146,7 @@ class Pieces {
  private:
   const DecodeParams& params_;
   int next_ = 0, end_ = 0, share_begin_ = 0, request_ = 0;
+  int seq_len_, first_token_, end_token_;  // the lanes hold those of the first requests
 };
 
 // Index of row 0 of a piece's partial results.

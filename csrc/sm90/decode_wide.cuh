@@ -21,6 +21,7 @@ namespace mla_backend::sm90 {
 constexpr int kBlockLatent = kLatentDim / 2, kBlockRope = kRopeDim / 2;
 constexpr int kLatentBlocks = kBlockLatent / 64;
 constexpr int kHalfTokens = kTileTokens / 2;
+constexpr int kTurnBarrier = kMathBarrier + 3;  // and the next one: it is warpgroup 0's or 1's turn
 
 template <typename Element, int kRows>
 struct alignas(1024) WideShared {
@@ -67,6 +68,7 @@ class WideConsumer {
         scale_log2(params.softmax_scale * kLog2E) {}
 
   __device__ __forceinline__ void run() {
+    if (!kSharesRows && group == 1) give_turn();
     for (;; ++pieces_done) {
       shared.queries.wait_full(pieces_done);
       if (piece().tiles() == 0) break;
@@ -172,6 +174,11 @@ class WideConsumer {
     }
   }
 
+  // The warpgroups compute scores in turn, in both blocks in the same order, so that none waits for scores that the other
+  // block has put off.
+  __device__ __forceinline__ void take_turn() { ptx::named_barrier_sync<kMathThreads>(kTurnBarrier + group); }
+  __device__ __forceinline__ void give_turn() { ptx::named_barrier_arrive<kMathThreads>(kTurnBarrier + 1 - group); }
+
   // Scores of this warpgroup's rows with a tile, over the numbers that this block has of both, the own tokens' first. The
   // other tokens' are sent: the other block completes them.
   __device__ __forceinline__ void compute_scores(float (&score)[32], int tile) {
@@ -181,6 +188,7 @@ class WideConsumer {
     const ptx::Matrix q_rope(ptx::shared_address(shared.query.rope) + group_row() * 64, 0, 512, ptx::Swizzle::k64Bytes);
     const ptx::Matrix k_rope(ptx::shared_address(keys.rope), 0, 512, ptx::Swizzle::k64Bytes);
     shared.tiles.wait_full(number(tile));
+    if (!kSharesRows) take_turn();
     ptx::wgmma_fence();
 #pragma unroll
     for (int step = 0; step < kBlockLatent / 16; ++step) {
@@ -193,6 +201,7 @@ class WideConsumer {
       ptx::wgmma<Element>(score, q_rope.at(step * 32), k_rope.at(step * 32), 1);
     }
     ptx::wgmma_commit();
+    if (!kSharesRows) give_turn();
     ptx::wgmma_wait<0>();
     ptx::keep(score);
     const int slot = message(tile) & 1;

@@ -71,11 +71,12 @@ class WideConsumer {
     if (!kSharesRows && group == 1) give_turn();
     for (;; ++pieces_done) {
       shared.queries.wait_full(pieces_done);
-      if (piece().tiles() == 0) break;
-      tiles = kSharesRows ? (piece().tiles() + 1 - group) / 2 : piece().tiles();
+      const int piece_tiles = piece().tiles();
+      if (piece_tiles == 0) break;
+      tiles = kSharesRows ? (piece_tiles + 1 - group) / 2 : piece_tiles;
       tokens = piece().seq_len - piece().first_tile * kTileTokens;
       attend();
-      tiles_before += piece().tiles();
+      tiles_before += piece_tiles;
       tiles_done += tiles;
     }
   }
@@ -143,6 +144,10 @@ class WideConsumer {
 #pragma unroll
         for (int j = 0; j < 8; ++j) probability[j] = next_probability[j];
       }
+    }
+    // Nothing is read of the piece after its queries are given back.
+    const Rows<Element> results(params, piece(), blockIdx.y, blockIdx.x / 2);
+    if constexpr (!kSharesRows) {
       __syncwarp();
       if (lane == 0) shared.queries.release(pieces_done);
       receive(probability, out, tiles - 1);
@@ -158,14 +163,13 @@ class WideConsumer {
 
     float factor[2];
     if constexpr (kSharesRows) {
-      merge(out, factor);
+      merge(out, factor, results);
     } else {
 #pragma unroll
       for (int i = 0; i < 2; ++i) factor[i] = sum[i] > 0 ? 1 / sum[i] : 0;
-      store<0, 128>(out, factor);
+      store<0, 128>(out, factor, results);
     }
     if (rank == 0 && lane % 4 == 0 && (group == 0 || !kSharesRows)) {
-      const Rows<Element> results(params, piece(), blockIdx.y, blockIdx.x / 2);
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
         const int row = first_row() + own_row + 8 * i;
@@ -346,7 +350,7 @@ class WideConsumer {
 
   // Add up the results of both warpgroups, for the same rows and different tiles: each hands half of the columns to the
   // other, 32 numbers of a thread at a time, where the queries were.
-  __device__ __forceinline__ void merge(float (&out)[128], float (&factor)[2]) {
+  __device__ __forceinline__ void merge(float (&out)[128], float (&factor)[2], const Rows<Element>& results) {
     float4(*buffer)[kMathThreads] = reinterpret_cast<float4(*)[kMathThreads]>(&shared.query);
     ptx::named_barrier_sync<kMathThreads>(kMathBarrier);
     buffer[8][threadIdx.x] = make_float4(reference[0], reference[1], sum[0], sum[1]);
@@ -388,16 +392,15 @@ class WideConsumer {
     if (lane == 0) shared.queries.release(pieces_done);
     const float one[2] = {1, 1};
     if (group == 0) {
-      store<0, 64>(out, one);
+      store<0, 64>(out, one, results);
     } else {
-      store<64, 128>(out, one);
+      store<64, 128>(out, one, results);
     }
   }
 
   // Write accumulators kBegin to kEnd (not included) of the own rows, times their factors.
   template <int kBegin, int kEnd>
-  __device__ __forceinline__ void store(const float (&out)[128], const float (&factor)[2]) {
-    const Rows<Element> results(params, piece(), blockIdx.y, blockIdx.x / 2);
+  __device__ __forceinline__ void store(const float (&out)[128], const float (&factor)[2], const Rows<Element>& results) {
     const int column = rank * kBlockLatent + own_column;
 #pragma unroll
     for (int i = 0; i < 2; ++i) {

@@ -266,7 +266,7 @@ __device__ Shared& shared_memory() {
 
 // Divide the block's threads into their roles. Together they can have at most the registers that the block was started with
 // (168 for each of 384 threads), or the increase waits for ever.
-// All meet when the pipelines are initialised, and those who bring something look up what before they do.
+// All meet when the pipelines are initialised; until then, those who bring something look up what it is.
 template <typename Meet, typename Tiles, typename Queries, typename Consume>
 __device__ void run_roles(Meet meet, Tiles tiles, Queries queries, Consume consume) {
   if (threadIdx.x < kMathThreads) {

@@ -40,11 +40,11 @@ def greedy(prompts: list[list[int]], count: int) -> list[list[int]]:
     return continuations
 
 
-def largest_gap(prompts: list[list[int]], continuations: list[list[int]]) -> float:
-    """Return by how much, in log-probability in fp32, a continuation's token is less likely than the likeliest one.
+def gaps_of(prompts: list[list[int]], continuations: list[list[int]]) -> torch.Tensor:
+    """Return by how much, in log-probability in fp32, each token is less likely than the likeliest one.
 
     Every token is judged after the ones that really came before it, so a choice between two that are almost equally
-    likely costs almost nothing, whatever follows from it.
+    likely costs almost nothing, whatever follows from it. The result is [prompts, tokens].
     """
     gaps = []
     for prompt, tokens in zip(prompts, continuations, strict=True):
@@ -52,8 +52,8 @@ def largest_gap(prompts: list[list[int]], continuations: list[list[int]]) -> flo
         with torch.no_grad():
             logprobs = model(torch.float32)(ids).logits[0, len(prompt) - 1 : -1].float().log_softmax(-1).cpu()
         picked = logprobs.gather(1, torch.tensor(tokens)[:, None])[:, 0]
-        gaps.append(float((logprobs.max(-1).values - picked).max()))
-    return max(gaps)
+        gaps.append(logprobs.max(-1).values - picked)
+    return torch.stack(gaps)
 
 
 def mean_difference(run: Run, prompts: list[list[int]], dtype: torch.dtype) -> float:

@@ -161,8 +161,7 @@ __device__ void consume_narrow(const DecodeParams& params, NarrowShared<Element,
       if (threadIdx.x % 128 == 0) shared.tiles.release(number);
     }
 
-    __syncwarp();
-    if (lane == 0) shared.queries.release(pieces);
+    shared.queries.release(pieces);
 
     // Denominators: over the lanes, then over the warps.
 #pragma unroll
@@ -214,15 +213,16 @@ __global__ void __launch_bounds__(kThreads, 1)
   if (threadIdx.x == 0) {
     maps.prefetch();
     shared.tiles.initialise(2);
-    shared.queries.initialise(kMathThreads / 32);  // a lane of each warp
+    shared.queries.initialise(kMathThreads);
     ptx::fence_mbarrier_init();
   }
+  Pieces pieces(params);
+  if (brings_something()) pieces.find(blockIdx.x);
+  __syncthreads();
   ptx::let_next_kernel_start();
-  const auto meet = [] { ptx::named_barrier_sync<kThreads>(0); };
   run_roles(
-      meet,
       [&] {
-        bring_tiles<kTileTokens>(params, blockIdx.x, shared.tiles, kHeadDim * sizeof(Element), meet,
+        bring_tiles<kTileTokens>(params, pieces, shared.tiles, kHeadDim * sizeof(Element),
                     [&](int stage, int tile_row, int page, int page_row) {
 #pragma unroll
                       for (int block = 0; block < kColumnBlocks; ++block) {
@@ -233,7 +233,7 @@ __global__ void __launch_bounds__(kThreads, 1)
       },
       [&] {
         bring_queries(
-            params, blockIdx.x, shared.queries, shared.work, params.block_rows * kHeadDim * sizeof(Element), meet,
+            params, pieces, shared.queries, shared.work, params.block_rows * kHeadDim * sizeof(Element),
             [&](int stage, int token) {
 #pragma unroll
               for (int block = 0; block < kColumnBlocks; ++block) {

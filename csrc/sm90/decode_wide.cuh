@@ -79,6 +79,7 @@ class WideConsumer {
       tiles_before += piece_tiles;
       tiles_done += tiles;
     }
+    if (!kSharesRows && group == 0) take_turn();  // the last one given
   }
 
  private:
@@ -148,8 +149,7 @@ class WideConsumer {
     // Nothing is read of the piece after its queries are given back.
     const Rows<Element> results(params, piece(), blockIdx.y, blockIdx.x / 2);
     if constexpr (!kSharesRows) {
-      __syncwarp();
-      if (lane == 0) shared.queries.release(pieces_done);
+      shared.queries.release(pieces_done);
       receive(probability, out, tiles - 1);
       start_values(out, probability, tiles - 1);
       finish_values(out, tiles - 1);
@@ -389,7 +389,7 @@ class WideConsumer {
       }
     }
     ptx::named_barrier_sync<128>(kMathBarrier + 1 + group);
-    if (lane == 0) shared.queries.release(pieces_done);
+    shared.queries.release(pieces_done);
     const float one[2] = {1, 1};
     if (group == 0) {
       store<0, 64>(out, one, results);
@@ -453,7 +453,7 @@ __global__ void __cluster_dims__(2) __launch_bounds__(kThreads, 1)
   if (threadIdx.x == 0) {
     maps.prefetch();
     shared.tiles.initialise(kRows / 64);
-    shared.queries.initialise(kMathThreads / 32);  // a lane of each warp
+    shared.queries.initialise(kMathThreads);
     for (int i = 0; i < 2; ++i) {
       ptx::mbarrier_init(&shared.scores_full[i][0], 1);
       ptx::mbarrier_init(&shared.scores_full[i][1], 1);
@@ -463,12 +463,14 @@ __global__ void __cluster_dims__(2) __launch_bounds__(kThreads, 1)
     }
     ptx::fence_mbarrier_init();
   }
+  Pieces pieces(params);
+  if (brings_something()) pieces.find(blockIdx.x / 2);
+  ptx::cluster_sync();
   ptx::let_next_kernel_start();
-  const int rank = ptx::cluster_rank(), worker = blockIdx.x / 2;
+  const int rank = ptx::cluster_rank();
   run_roles(
-      ptx::cluster_sync,
       [&] {
-        bring_tiles<kHalfTokens>(params, worker, shared.tiles, (kBlockLatent + kBlockRope) * sizeof(Element), ptx::cluster_sync,
+        bring_tiles<kHalfTokens>(params, pieces, shared.tiles, (kBlockLatent + kBlockRope) * sizeof(Element),
                     [&](int stage, int token, int page, int page_row) {
                       auto& tile = shared.tile[stage];
                       const int tile_row = token ^ rank * kHalfTokens;  // the own tokens first
@@ -483,8 +485,7 @@ __global__ void __cluster_dims__(2) __launch_bounds__(kThreads, 1)
       },
       [&] {
         bring_queries(
-            params, worker, shared.queries, shared.work, params.block_rows * (kBlockLatent + kBlockRope) * sizeof(Element),
-            ptx::cluster_sync,
+            params, pieces, shared.queries, shared.work, params.block_rows * (kBlockLatent + kBlockRope) * sizeof(Element),
             [&](int, int token) {
 #pragma unroll
               for (int block = 0; block < kLatentBlocks; ++block) {

@@ -57,19 +57,14 @@ struct Pipeline {
 };
 
 // The tile warp: bring the tiles of this worker's share, stage after stage, as consumers empty them. `load(stage,
-// token, page, page_row)` starts the copies of a box of tokens, `token_bytes` for each of them. `meet` waits until the
-// pipelines are initialised.
-template <int kMaxBoxTokens, typename Pipeline, typename Meet, typename Load>
-__device__ void bring_tiles(const DecodeParams& params, int worker, Pipeline& pipeline, int token_bytes, Meet meet,
-                            Load load) {
+// token, page, page_row)` starts the copies of a box of tokens, `token_bytes` for each of them.
+template <int kMaxBoxTokens, typename Pipeline, typename Load>
+__device__ void bring_tiles(const DecodeParams& params, Pieces& pieces, Pipeline& pipeline, int token_bytes, Load load) {
   const int lane = threadIdx.x % 32;
   const int box_tokens = min(params.page_size, kMaxBoxTokens), tile_boxes = kTileTokens / box_tokens;
   int number = 0;
   Piece piece;
-  Pieces pieces(params, worker);
-  bool more = pieces.take(piece);
-  meet();
-  for (; more; more = pieces.take(piece)) {
+  while (pieces.take(piece)) {
     // The lanes hold the page numbers of the next 64 boxes. They do not wait for the length where a tile
     // lies in one page.
     const int32_t* pages = params.block_table + piece.request * params.block_table_stride;
@@ -130,16 +125,13 @@ __device__ void copy_rows(const DecodeParams& params, const Element* from, int64
 // piece is; after the last a piece without tiles. `load(stage, token)` starts the copies of the block that begins with this
 // query token, `bytes` in all; `copy(stage, piece)` does the same without the copy engine. Rows past the request's are
 // whatever lies there, and nobody looks at what becomes of them.
-template <typename Pipeline, typename Meet, typename Load, typename Copy>
-__device__ void bring_queries(const DecodeParams& params, int worker, Pipeline& pipeline, Piece* work, int bytes, Meet meet,
+template <typename Pipeline, typename Load, typename Copy>
+__device__ void bring_queries(const DecodeParams& params, Pieces& pieces, Pipeline& pipeline, Piece* work, int bytes,
                               Load load, Copy copy) {
   const int lane = threadIdx.x % 32;
   int number = 0;
   Piece piece;
-  Pieces pieces(params, worker);
-  bool more = pieces.take(piece);
-  meet();
-  for (; more; more = pieces.take(piece)) {
+  while (pieces.take(piece)) {
     const int first_row = blockIdx.y * params.block_rows;
     if (first_row >= piece.rows(params)) continue;
     const int stage = pipeline.stage(number);
@@ -264,13 +256,16 @@ __device__ Shared& shared_memory() {
   return *reinterpret_cast<Shared*>(memory + (-ptx::shared_address(memory) & (alignof(Shared) - 1)));
 }
 
+// Whether a warp brings tiles or queries. These look up the schedule while the pipelines are initialised.
+__device__ __forceinline__ bool brings_something() {
+  return threadIdx.x >= kMathThreads && threadIdx.x < kMathThreads + 64;
+}
+
 // Divide the block's threads into their roles. Together they can have at most the registers that the block was started with
 // (168 for each of 384 threads), or the increase waits for ever.
-// All meet when the pipelines are initialised; until then, those who bring something look up what it is.
-template <typename Meet, typename Tiles, typename Queries, typename Consume>
-__device__ void run_roles(Meet meet, Tiles tiles, Queries queries, Consume consume) {
+template <typename Tiles, typename Queries, typename Consume>
+__device__ void run_roles(Tiles tiles, Queries queries, Consume consume) {
   if (threadIdx.x < kMathThreads) {
-    meet();
     ptx::setmaxnreg_inc<224>();
     consume();
   } else {
@@ -279,8 +274,6 @@ __device__ void run_roles(Meet meet, Tiles tiles, Queries queries, Consume consu
       tiles();
     } else if (threadIdx.x < kMathThreads + 64) {
       queries();
-    } else {
-      meet();
     }
   }
 }

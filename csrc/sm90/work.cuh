@@ -100,10 +100,14 @@ __device__ __forceinline__ int query_of_row(const DecodeParams& params, int row)
   return params.heads == 1 ? row : __umulhi(row, params.heads_reciprocal);
 }
 
+// The pieces of a worker's share, one after the other. Its functions are called by whole warps.
 class Pieces {
  public:
-  // Called by whole warps.
-  __device__ Pieces(const DecodeParams& params, int worker) : params_(params) {
+  __device__ explicit Pieces(const DecodeParams& params) : params_(params) {}
+
+  // Look up where the share of a worker begins.
+  __device__ void find(int worker) {
+    const DecodeParams& params = params_;
     if (params.batch_invariant) {
       request_ = worker - params.workers;
       return;

@@ -12,7 +12,7 @@ import torch
 
 from engine import Run, run_engine
 from mla_backend import has_compiled_kernels
-from tiny import greedy, largest_gap, mean_difference, tokenized
+from tiny import gaps_of, greedy, mean_difference, tokenized
 
 pytestmark = pytest.mark.skipif(
     not (torch.cuda.is_available() and has_compiled_kernels() and importlib.util.find_spec("vllm")),
@@ -92,14 +92,19 @@ def agreement(run: Run, expected: list[list[int]]) -> float:
 def test_tokens_are_those_of_transformers(
     runs: dict[str, Future[Run]], expected: list[list[int]], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    # How many are the same says little: after one choice between two that are almost equally likely, none is.
+    # After one choice between two that are almost equally likely, a text as a whole is another one. So each token is
+    # judged after the text that it continues; how many are the same without that is only printed.
     both = {name: runs[name].result() for name in ("graphs", "graphs, FLASHMLA")}
-    same = {name: agreement(run, expected) for name, run in both.items()}
-    gaps = {name: largest_gap(tokenized(SHORT), run.tokens) for name, run in both.items()}
+    gaps = {name: gaps_of(tokenized(SHORT), run.tokens) for name, run in both.items()}
+    likeliest = {name: (of_run == 0).sum(1).float().mean().item() for name, of_run in gaps.items()}
     with capsys.disabled():
-        for name in both:
-            print(f"\n{name}: {same[name]:.1f} of 64 tokens as transformers in fp32, each within {gaps[name]:.3f}")
-    assert gaps["graphs"] < GAP
+        for name, run in both.items():
+            print(f"\n{name}: of 64 tokens {likeliest[name]:.1f} are the likeliest in fp32, ", end="")
+            print(
+                f"all are within {gaps[name].max():.3f} of it, {agreement(run, expected):.1f} are in transformers' text"
+            )
+    assert likeliest["graphs"] >= 60
+    assert gaps["graphs"].max() < GAP
 
 
 def test_the_log_names_the_kernel(runs: dict[str, Future[Run]]) -> None:
@@ -134,4 +139,4 @@ def test_ray_executor(runs: dict[str, Future[Run]]) -> None:
     pytest.importorskip("ray")
     run = runs["ray"].result()
     assert "Using HOPPER_MLA attention backend" in run.log
-    assert largest_gap(tokenized(SHORT), run.tokens) < GAP
+    assert gaps_of(tokenized(SHORT), run.tokens).max() < GAP

@@ -268,6 +268,8 @@ def main() -> None:
                 rows += process.submit(measure, backend, shapes, options.trace).result()
             except Exception:  # one that cannot start is a result too, and the others can still be measured
                 traceback.print_exc()
+                continue
+        print(f"{backend}\n{table(rows[-len(shapes) :])}", flush=True)  # starting the next one takes most of a minute
     if not rows:
         raise SystemExit("mla-bench-engine: no backend could be measured.")
     print(f"decode steps on {torch.cuda.get_device_name()}, medians of {TIMED}, milliseconds")

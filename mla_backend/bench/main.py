@@ -10,9 +10,28 @@ from tqdm import tqdm
 
 from mla_backend import has_compiled_kernels
 from mla_backend.bench.contenders import CONTENDERS, OURS
-from mla_backend.bench.measure import Stopwatch, ceilings, measure
-from mla_backend.bench.report import draw, table, write_json
-from mla_backend.bench.shapes import DEFAULT
+from mla_backend.bench.measure import Row, Stopwatch, ceilings, measure
+from mla_backend.bench.report import best_peer_over_ours, cliffs, draw, table, write_json
+from mla_backend.bench.shapes import DEFAULT, LINES, anywhere
+
+SLOWER, CLIFF = 1.05, 1.3  # times the best peer, and times the line through the neighbours: what a sweep tells of
+
+
+def find_cliffs(machine: dict[str, float], stopwatch: Stopwatch, repeats: int) -> None:
+    """Measure our kernel along LINES, and print where its time jumps."""
+    for name, line in LINES.items():
+        rows = [measure(shape, [OURS], machine, stopwatch, repeats) for _, shape in tqdm(line, unit="shape", desc=name)]
+        points = [(float(x), row.timings[OURS].median) for (x, _), row in zip(line, rows, strict=True)]
+        for x, factor in cliffs(points, CLIFF):
+            print(f"a cliff along {name}: at {x:.0f} it takes {factor:.2f} times what its neighbours suggest")
+
+
+def print_slower(rows: list[Row]) -> None:
+    ratios = {row.shape: best_peer_over_ours(row) for row in rows}
+    slower = {shape: 1 / ratio for shape, ratio in ratios.items() if ratio and 1 / ratio > SLOWER}
+    print(f"slower than {SLOWER} times the best peer: {len(slower)} of {len(rows)} shapes")
+    for shape, factor in sorted(slower.items(), key=lambda item: -item[1]):
+        print(f"{factor:5.2f}  {shape}")
 
 
 def main() -> None:
@@ -20,7 +39,14 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="folder for mla-bench.json and mla-bench.png (default: neither)")
     parser.add_argument("--only", nargs="+", default=list(CONTENDERS), choices=list(CONTENDERS), help="contenders")
     parser.add_argument("--repeats", type=int, default=21, help="replays per contender and shape (default: 21)")
+    parser.add_argument(
+        "--sweep", type=int, metavar="N", help="measure N random shapes instead, and look for cliffs between others"
+    )
     options = parser.parse_args()
+    if options.sweep is not None and options.sweep < 1:
+        raise SystemExit(
+            f"mla-bench: --sweep {options.sweep} measures nothing; give it the number of shapes, such as 200."
+        )
     if not torch.cuda.is_available():
         raise SystemExit("mla-bench: no GPU was found, and there is nothing to measure without one.")
     if OURS in options.only and not has_compiled_kernels():
@@ -33,7 +59,7 @@ def main() -> None:
         f"{torch.cuda.get_device_name()}: reads {read / 1e12:.2f} TB/s, multiplies {product / 1e12:.0f} TFLOP/s, "
         f"a tiny kernel takes {launch:.1f} us"
     )
-    bar = tqdm(DEFAULT, unit="shape")
+    bar = tqdm(anywhere(options.sweep) if options.sweep else DEFAULT, unit="shape")
     rows = [measure(shape, options.only, machine, stopwatch, options.repeats) for shape in bar]
     print("medians in microseconds")
     print(table(rows))
@@ -41,10 +67,14 @@ def main() -> None:
         failures = {row.timings[name].failure for row in rows} - {""}
         for failure in sorted(failures):
             print(f"{name}: {failure}")
+    if options.sweep:
+        print_slower(rows)
+        find_cliffs(machine, stopwatch, options.repeats)
     if options.out:
         options.out.mkdir(parents=True, exist_ok=True)
         write_json(options.out / "mla-bench.json", rows, machine)
-        draw(options.out / "mla-bench.png", rows)
+        if not options.sweep:  # too many shapes for one axis
+            draw(options.out / "mla-bench.png", rows)
 
 
 if __name__ == "__main__":

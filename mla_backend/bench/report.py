@@ -36,6 +36,20 @@ def best_peer_over_ours(row: Row) -> float | None:
     return min(peers) / mine.median if peers and mine and mine.median else None
 
 
+def interpolated(x: float, left: tuple[float, float], right: tuple[float, float]) -> float:
+    """Return the value at x of the line through two points (x, y), both axes logarithmic."""
+    (x0, y0), (x1, y1) = left, right
+    return float(y0 * (y1 / y0) ** (math.log(x / x0) / math.log(x1 / x0)))
+
+
+def cliffs(line: list[tuple[float, float]], limit: float) -> list[tuple[float, float]]:
+    """Return where a line of points (x, time) jumps: the points more than `limit` times above the line through their
+    neighbours, each with the factor by which it is."""
+    inner = zip(line, line[1:], line[2:], strict=False)
+    factors = [(x, time / interpolated(x, left, right)) for left, (x, time), right in inner]
+    return [(x, factor) for x, factor in factors if factor > limit]
+
+
 def installed(package: str) -> str:
     try:
         return version(package)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from dataclasses import dataclass
 
@@ -57,3 +58,42 @@ DEFAULT = (
     *(mixed(heads, 128, mean) for heads in (16, 128) for mean in (4096, 16384)),
     Shape("16 heads, 4 x 4 uneven", 16, 4, (4641, 45118, 1730, 1696)),
 )
+
+MOST_TOKENS = 1 << 24  # in the cache of a random shape: 19 GB
+
+
+def anywhere(count: int, seed: int = 0) -> list[Shape]:
+    """Return random shapes, the same ones for a seed: 8 to 128 heads, 1 to 256 requests of 100 to 100,000 tokens.
+
+    Small numbers of requests and tokens are as likely as large ones: their logarithms are uniform.
+    """
+    rng = random.Random(seed)
+
+    def log_uniform(low: int, high: int) -> int:
+        return round(math.exp(rng.uniform(math.log(low), math.log(high))))
+
+    shapes: list[Shape] = []
+    while len(shapes) < count:
+        requests, length = log_uniform(1, 256), log_uniform(100, 100_000)
+        if requests * length <= MOST_TOKENS:
+            shapes.append(uniform(rng.randrange(8, 129, 8), 1, requests, length))
+    return shapes
+
+
+LINES: dict[str, list[tuple[int, Shape]]] = {
+    "heads, with 16 x 8192": [(n, uniform(n, 1, 16, 8192)) for n in range(8, 129, 8)],
+    **{
+        f"tokens, with {heads} heads and {requests} requests": [
+            (n, uniform(heads, 1, requests, n)) for n in (round(100 * 2 ** (i / 2)) for i in range(21))
+        ]
+        for heads in (16, 128)
+        for requests in (1, 16)
+    },
+    **{
+        f"requests, with {heads} heads and 4096 tokens": [
+            (n, uniform(heads, 1, n, 4096)) for n in (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256)
+        ]
+        for heads in (16, 128)
+    },
+}
+"""Shapes along which one number grows, and the time should grow without jumps."""

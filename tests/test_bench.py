@@ -1,0 +1,66 @@
+"""What mla-bench makes of its times. The times themselves take a GPU."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from itertools import pairwise
+
+import pytest
+
+from mla_backend.bench.report import cliffs, interpolated
+from mla_backend.bench.shapes import DEFAULT, LINES, MOST_TOKENS, anywhere, uniform
+
+
+def test_a_floor_is_what_bytes_or_flops_take() -> None:
+    shape = uniform(16, 1, 8, 4096)
+    assert shape.bytes == 2 * (8 * 4096 * 576 + 8 * 16 * (576 + 512))
+    assert shape.flops == 2 * 8 * 4096 * 16 * (576 + 512)
+    assert shape.floor(shape.bytes, shape.flops / 2) == 2.0
+    assert shape.floor(shape.bytes / 3, shape.flops) == 3.0
+
+
+def test_random_shapes() -> None:
+    shapes = anywhere(200)
+    assert shapes == anywhere(200) != anywhere(200, seed=1)
+    assert {shape.heads for shape in shapes} == set(range(8, 129, 8))
+    requests, lengths = ([len(s.seq_lens) for s in shapes], [s.seq_lens[0] for s in shapes])
+    assert min(requests) == 1
+    assert 200 < max(requests) <= 256
+    assert 100 <= min(lengths) < 200
+    assert 80_000 < max(lengths) <= 100_000
+    assert all(sum(shape.seq_lens) <= MOST_TOKENS for shape in shapes)
+    assert sum(length < 3163 for length in lengths) == pytest.approx(100, abs=30)  # the middle of the logarithms
+
+
+def test_lines_grow() -> None:
+    for line in LINES.values():
+        assert all(a < b for (a, _), (b, _) in pairwise(line))
+        assert len({shape.name for _, shape in line}) == len(line)
+
+
+def test_names_are_unique() -> None:
+    assert len({shape.name for shape in DEFAULT}) == len(DEFAULT)
+
+
+def test_interpolation_is_exact_for_powers() -> None:
+    assert interpolated(6, (2, 2**1.5), (11, 11**1.5)) == pytest.approx(6**1.5)
+
+
+def test_cliffs() -> None:
+    smooth = [(float(n), 10 + 3.0 * n) for n in (1, 2, 4, 8, 16, 32)]
+    assert cliffs(smooth, 1.3) == []
+    jump = [*smooth[:3], (8.0, 2 * smooth[3][1]), *smooth[4:]]
+    assert [x for x, factor in cliffs(jump, 1.3) if factor > 1.8] == [8.0]
+
+
+@pytest.mark.parametrize("arguments", [["--sweep", "0"], []])
+def test_says_what_is_missing(arguments: list[str]) -> None:
+    command = [sys.executable, "-m", "mla_backend.bench.main", *arguments]
+    run = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "CUDA_VISIBLE_DEVICES": ""})
+    wanted = "such as 200" if arguments else "no GPU was found"
+    assert run.returncode == 1
+    assert run.stderr.startswith("mla-bench: ")
+    assert wanted in run.stderr
+    assert run.stderr.count("\n") == 1

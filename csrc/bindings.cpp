@@ -103,6 +103,7 @@ void mla_decode(const Tensor& q_nope, const Tensor& q_pe, const Tensor& kv_cache
   const int64_t tokens = q_nope.size(0), heads = q_nope.size(1);
   STD_TORCH_CHECK(1 <= heads && heads <= kMaxHeads, "mla_decode: q_nope has ", heads, " heads, wanted 1 to ",
                   kMaxHeads);
+  STD_TORCH_CHECK(tokens <= kMaxTokens, "mla_decode: q_nope has ", tokens, " tokens, wanted at most ", kMaxTokens);
   check("q_pe", q_pe, device, type, {tokens, heads, kRopeDim});
   STD_TORCH_CHECK(!kv_scale.has_value(), "mla_decode: kv_scale is given, wanted none");
   check("kv_cache", kv_cache, device, type, {kAny, kAny, kHeadDim});

@@ -9,6 +9,7 @@ constexpr int kLatentDim = 512;  // also the width of a value
 constexpr int kRopeDim = 64;
 constexpr int kHeadDim = kLatentDim + kRopeDim;
 constexpr int kMaxHeads = 128;
+constexpr int kMaxTokens = 65535;  // query tokens: thread blocks that a grid can have in its second dimension
 
 constexpr int kTileTokens = 64;   // cached tokens that a thread block handles at a time: the unit of the schedule
 constexpr int kPartialRows = 64;  // query rows (token and head) of a place for partial results

@@ -13,6 +13,7 @@ from mla_backend.dimensions import HEAD_DIM, KV_LORA_RANK, MAX_HEADS, PARTIAL_RO
 
 QUERY_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 COMPILED_DTYPES = (torch.bfloat16, torch.float16)
+MAX_TOKENS = 65535  # kMaxTokens in csrc/decode.h
 QUANTIZED_DTYPE = torch.float8_e4m3fn
 
 
@@ -95,6 +96,8 @@ def check_compiled(q_nope: torch.Tensor, kv_cache: torch.Tensor, partial_out: to
     """
     if q_nope.dtype not in COMPILED_DTYPES:
         raise _wrong_dtype("q_nope", q_nope, "bfloat16 or float16 on a GPU")
+    if q_nope.shape[0] > MAX_TOKENS:
+        raise _wrong_shape("q_nope", q_nope, (f"at most {MAX_TOKENS} tokens on a GPU", "heads", KV_LORA_RANK))
     if kv_cache.dtype != q_nope.dtype:
         raise _wrong_dtype("kv_cache", kv_cache, f"{q_nope.dtype}, the dtype of q_nope, on a GPU")
     if kv_cache.shape[1] not in (16, 32) and kv_cache.shape[1] % TILE_TOKENS:

@@ -48,7 +48,8 @@ __global__ void __launch_bounds__(Shape::kThreads) combine_kernel(const __grid_c
   const int head = blockIdx.x / Shape::kColumnParts * Shape::kRows + threadIdx.x / (Shape::kRowThreads * kGroups);
   const int first_column = blockIdx.x % Shape::kColumnParts * Shape::kColumns;
 
-  // Everything up to the wait depends on the schedule only.
+  // Everything up to the wait depends on the schedule only. That is there: the decode kernel itself starts when all before it
+  // is done.
   const bool owned = token < params.query_start_loc[params.requests];
   const int request = owned ? find_owner(params.query_start_loc, params.requests, token) : 0;
   const int begin = owned ? params.request_tiles[request] : 0, end = owned ? params.request_tiles[request + 1] : 0;

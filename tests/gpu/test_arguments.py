@@ -132,6 +132,15 @@ def test_dtypes_that_only_the_reference_takes_are_named() -> None:
         mla_decode(**inputs(cache_dtype=torch.float8_e4m3fn))
 
 
+def test_too_many_tokens_are_named() -> None:
+    arguments = inputs()
+    tokens = {name: arguments[name].repeat(21846, 1, 1) for name in ("q_nope", "q_pe", "out")}
+    with pytest.raises(
+        ValueError, match=r"q_nope has shape \[65538, 16, 512\], wanted \[at most 65535 tokens on a GPU"
+    ):
+        mla_decode(**{**arguments, **tokens})
+
+
 def test_what_is_allowed_is_not_refused() -> None:
     """A dimension of one entry may have any stride, rows of `out` any alignment, and pages any gap of 16 bytes."""
     arguments = inputs()

@@ -38,6 +38,7 @@ class Step:
     page_padding: int = 0
     token_padding: int = 0
     query_padding: int = 0
+    batch_invariant: bool = False
     seed: int = 0
 
     def arguments(self) -> dict[str, Any]:
@@ -76,7 +77,10 @@ class Step:
             "softmax_scale": 192**-0.5,
             "causal": self.causal,
             "schedule": DecodeSchedule.plan(
-                seq_lens, max_query_len=max(self.query_lens, default=0), max_seq_len=max(self.seq_lens, default=0)
+                seq_lens,
+                max_query_len=max(self.query_lens, default=0),
+                max_seq_len=max(self.seq_lens, default=0),
+                batch_invariant=self.batch_invariant,
             ),
         }
 
@@ -193,6 +197,10 @@ def test_batch_invariant_results_do_not_depend_on_the_batch(heads: int) -> None:
         alone = attend(step, slice(request, request + 1), rows.stop - rows.start)
         assert alone[0].equal(together[0][rows])
         assert alone[1].equal(together[1][rows])
+
+
+def test_batch_invariant_with_more_requests_than_multiprocessors() -> None:
+    check(Step([(37 * i) % 300 for i in range(300)], [1] * 300, 16, batch_invariant=True))
 
 
 def test_a_cache_of_more_than_four_gigabytes() -> None:

@@ -9,6 +9,9 @@ from itertools import pairwise
 
 import pytest
 
+from mla_backend.bench.contenders import OURS
+from mla_backend.bench.main import print_slower
+from mla_backend.bench.measure import Row, Timing
 from mla_backend.bench.report import cliffs, interpolated
 from mla_backend.bench.shapes import DEFAULT, LINES, MOST_TOKENS, anywhere, uniform
 
@@ -55,13 +58,28 @@ def test_cliffs() -> None:
     assert [x for x, factor in cliffs(jump, 1.3) if factor > 1.8] == [8.0]
 
 
-@pytest.mark.parametrize("arguments", [["--sweep", "0"], []])
-def test_says_what_is_missing(arguments: list[str]) -> None:
-    command = [sys.executable, "-m", "mla_backend.bench.main", *arguments]
+def test_only_rows_on_which_a_peer_is_faster_are_told(capsys: pytest.CaptureFixture[str]) -> None:
+    times = {
+        "ahead": (10, 20),
+        "a little behind": (10, 9.8),
+        "behind": (30, 20),
+        "far behind": (40, 10),
+        "failed": (0, 5),
+    }
+    print_slower([Row(n, 16, 16, 1, {OURS: Timing(ours), "peer": Timing(peer)}) for n, (ours, peer) in times.items()])
+    told = capsys.readouterr().out.splitlines()
+    assert told == ["slower than 1.05 times the best peer: 2 of 4 shapes", " 4.00  far behind", " 1.50  behind"]
+
+
+WRONG = {"--sweep 0": "such as 200", "--sweep 5 --only FlashMLA": "name it there too", "": "no GPU was found"}
+
+
+@pytest.mark.parametrize("arguments", WRONG)
+def test_says_what_is_missing(arguments: str) -> None:
+    command = [sys.executable, "-m", "mla_backend.bench.main", *arguments.split()]
     env = {"CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": os.environ.get("PYTHONPATH", "")}  # not what vLLM adds to ours
     run = subprocess.run(command, capture_output=True, text=True, env=env)
-    wanted = "such as 200" if arguments else "no GPU was found"
     assert run.returncode == 1
     assert run.stderr.startswith("mla-bench: ")
-    assert wanted in run.stderr
+    assert WRONG[arguments] in run.stderr
     assert run.stderr.count("\n") == 1

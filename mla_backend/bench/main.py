@@ -21,16 +21,21 @@ def find_cliffs(machine: dict[str, float], stopwatch: Stopwatch, repeats: int) -
     """Measure our kernel along LINES, and print where its time jumps."""
     for name, line in LINES.items():
         rows = [measure(shape, [OURS], machine, stopwatch, repeats) for _, shape in tqdm(line, unit="shape", desc=name)]
-        points = [(float(x), row.timings[OURS].median) for (x, _), row in zip(line, rows, strict=True)]
+        timings = [row.timings[OURS] for row in rows]
+        for row, timing in zip(rows, timings, strict=True):
+            if timing.failure:
+                print(f"{OURS}, {row.shape}: {timing.failure}")
+        points = [(float(x), t.median) for (x, _), t in zip(line, timings, strict=True) if t.median]
         for x, factor in cliffs(points, CLIFF):
             print(f"a cliff along {name}: at {x:.0f} it takes {factor:.2f} times what its neighbours suggest")
 
 
 def print_slower(rows: list[Row]) -> None:
-    ratios = {row.shape: best_peer_over_ours(row) for row in rows}
-    slower = {shape: 1 / ratio for shape, ratio in ratios.items() if ratio and 1 / ratio > SLOWER}
-    print(f"slower than {SLOWER} times the best peer: {len(slower)} of {len(rows)} shapes")
-    for shape, factor in sorted(slower.items(), key=lambda item: -item[1]):
+    """Print on which of the rows our kernel is slower than the best peer."""
+    factors = [(1 / ratio, row.shape) for row in rows if (ratio := best_peer_over_ours(row))]
+    slower = sorted(((factor, shape) for factor, shape in factors if factor > SLOWER), reverse=True)
+    print(f"slower than {SLOWER} times the best peer: {len(slower)} of {len(factors)} shapes")
+    for factor, shape in slower:
         print(f"{factor:5.2f}  {shape}")
 
 
@@ -47,6 +52,8 @@ def main() -> None:
         raise SystemExit(
             f"mla-bench: --sweep {options.sweep} measures nothing; give it the number of shapes, such as 200."
         )
+    if options.sweep and OURS not in options.only:
+        raise SystemExit(f"mla-bench: --sweep judges {OURS}, which --only leaves out; name it there too.")
     if not torch.cuda.is_available():
         raise SystemExit("mla-bench: no GPU was found, and there is nothing to measure without one.")
     if OURS in options.only and not has_compiled_kernels():

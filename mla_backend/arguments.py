@@ -9,11 +9,18 @@ from collections.abc import Sequence
 
 import torch
 
-from mla_backend.dimensions import HEAD_DIM, KV_LORA_RANK, MAX_HEADS, PARTIAL_ROWS, QK_ROPE_HEAD_DIM, TILE_TOKENS
+from mla_backend.dimensions import (
+    HEAD_DIM,
+    KV_LORA_RANK,
+    MAX_HEADS,
+    MAX_TOKENS,
+    PARTIAL_ROWS,
+    QK_ROPE_HEAD_DIM,
+    TILE_TOKENS,
+)
 
 QUERY_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 COMPILED_DTYPES = (torch.bfloat16, torch.float16)
-MAX_TOKENS = 65535  # kMaxTokens in csrc/decode.h
 QUANTIZED_DTYPE = torch.float8_e4m3fn
 
 

@@ -10,6 +10,9 @@ HEAD_DIM = KV_LORA_RANK + QK_ROPE_HEAD_DIM
 
 MAX_HEADS = 128
 
+MAX_TOKENS = 65535
+"""Query tokens in one call of the compiled kernels."""
+
 TILE_TOKENS = 64
 """Cached tokens that a worker handles at a time: the unit in which requests are split."""
 

@@ -39,6 +39,10 @@ __device__ __forceinline__ void add(float4& sum, float4 value, float weight) {
   sum.x += weight * value.x, sum.y += weight * value.y, sum.z += weight * value.z, sum.w += weight * value.w;
 }
 
+__device__ __forceinline__ void scale(float4& sum, float factor) {
+  sum.x *= factor, sum.y *= factor, sum.z *= factor, sum.w *= factor;
+}
+
 template <typename Element, typename Shape>
 __global__ void __launch_bounds__(Shape::kThreads) combine_kernel(const __grid_constant__ DecodeParams params) {
   constexpr int kGroups = Shape::kGroups, kVectors = Shape::kVectors, kAtOnce = Shape::kAtOnce;
@@ -104,7 +108,7 @@ __global__ void __launch_bounds__(Shape::kThreads) combine_kernel(const __grid_c
     const float decay = ptx::exp2(before - exponent(peak));
     total *= decay;
 #pragma unroll
-    for (int v = 0; v < kVectors; ++v) sum[v].x *= decay, sum[v].y *= decay, sum[v].z *= decay, sum[v].w *= decay;
+    for (int v = 0; v < kVectors; ++v) scale(sum[v], decay);
 #pragma unroll
     for (int i = 0; i < kAtOnce; ++i) {
       if (worker + i * kGroups > last) continue;
@@ -127,7 +131,7 @@ __global__ void __launch_bounds__(Shape::kThreads) combine_kernel(const __grid_c
     const float weight = ptx::exp2(peaks[0] - exponent(peak));
     total *= weight;
 #pragma unroll
-    for (int v = 0; v < kVectors; ++v) sum[v].x *= weight, sum[v].y *= weight, sum[v].z *= weight, sum[v].w *= weight;
+    for (int v = 0; v < kVectors; ++v) scale(sum[v], weight);
 #pragma unroll
     for (int g = 1; g < kGroups; ++g) {
       const float weight = ptx::exp2(peaks[g] - exponent(peak));
@@ -139,8 +143,8 @@ __global__ void __launch_bounds__(Shape::kThreads) combine_kernel(const __grid_c
   const float factor = total > 0 ? 1 / total : 0;
 #pragma unroll
   for (int v = 0; v < kVectors; ++v) {
-    const float4 result = make_float4(sum[v].x * factor, sum[v].y * factor, sum[v].z * factor, sum[v].w * factor);
-    store_four<Element>(to + (v * Shape::kRowThreads + column) * 4, result);
+    scale(sum[v], factor);
+    store_four<Element>(to + (v * Shape::kRowThreads + column) * 4, sum[v]);
   }
   if (column == 0 && lse != nullptr) *lse = total > 0 ? (peak + log2f(total)) * kLn2 : -INFINITY;
 }

@@ -35,7 +35,8 @@ struct DecodeParams {
   // Set with the choice of the kernel: a request's query rows (token and head) are handled in blocks of whole tokens, and
   // each of them by workers (thread blocks, or clusters of them) that share the tiles.
   int block_rows, row_blocks, workers;
-  int least_share;  // tiles that a worker gets at least
+  int box_shift;       // the copy engine brings 2^box_shift tokens of a page at a time,
+  int boxes_per_page;  // so many times
   bool causal;
   bool batch_invariant;  // no request is split, and one kernel serves all query lengths
   float softmax_scale;

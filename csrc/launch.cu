@@ -53,17 +53,19 @@ CUtensorMap encode(CUtensorMapDataType type, const void* data, int64_t columns, 
 }
 
 // Launch a decode kernel whose workers are clusters of kCluster thread blocks and handle kRows query rows each.
-template <typename Shared, int kRows, int kCluster, int kLeastShare, typename Kernel>
+template <typename Shared, int kRows, int kCluster, typename Kernel>
 void decode(Kernel kernel, DecodeParams& params, const Cache& cache, CUtensorMapDataType type, cudaStream_t stream) {
   const int block_tokens = std::min(kRows / params.heads, params.max_query_len);
   params.block_rows = block_tokens * params.heads;
   params.row_blocks = (params.max_query_len + block_tokens - 1) / block_tokens;
   params.workers = std::max(1, params.multiprocessors / (params.row_blocks * kCluster));
-  params.least_share = kLeastShare;
+  const int box_tokens = std::min(params.page_size, kTileTokens / kCluster);
+  params.box_shift = box_tokens == 64 ? 6 : box_tokens == 32 ? 5 : 4;
+  params.boxes_per_page = params.page_size >> params.box_shift;
 
   const auto of_cache = [&](int columns) {
     return encode(type, cache.data, kHeadDim, params.page_size, cache.pages, cache.token_stride, cache.page_stride, columns,
-                  std::min(params.page_size, kTileTokens / kCluster), 1);
+                  box_tokens, 1);
   };
   const auto of_queries = [&](const void* data, int columns, int64_t token_stride, int64_t head_stride, int box_columns) {
     return encode(type, data, columns, params.heads, params.tokens, head_stride, token_stride, box_columns, params.heads,
@@ -107,13 +109,13 @@ void launch(DecodeParams params, const Cache& cache, CUtensorMapDataType type, c
   using namespace sm90;
   params.max_query_len = std::max(1, params.max_query_len);
   if (const int rows = params.batch_invariant ? 128 : params.max_query_len * params.heads; rows <= 16) {
-    decode<NarrowShared<Element, 16>, 16, 1, 2>(decode_narrow_kernel<Element, 16>, params, cache, type, stream);
+    decode<NarrowShared<Element, 16>, 16, 1>(decode_narrow_kernel<Element, 16>, params, cache, type, stream);
   } else if (rows <= 32) {
-    decode<NarrowShared<Element, 32>, 32, 1, 2>(decode_narrow_kernel<Element, 32>, params, cache, type, stream);
+    decode<NarrowShared<Element, 32>, 32, 1>(decode_narrow_kernel<Element, 32>, params, cache, type, stream);
   } else if (rows <= 64) {
-    decode<WideShared<Element, 64>, 64, 2, 2>(decode_wide_kernel<Element, 64>, params, cache, type, stream);
+    decode<WideShared<Element, 64>, 64, 2>(decode_wide_kernel<Element, 64>, params, cache, type, stream);
   } else {
-    decode<WideShared<Element, 128>, 128, 2, 2>(decode_wide_kernel<Element, 128>, params, cache, type, stream);
+    decode<WideShared<Element, 128>, 128, 2>(decode_wide_kernel<Element, 128>, params, cache, type, stream);
   }
   const int64_t all_rows = static_cast<int64_t>(params.tokens) * params.heads;
   if (all_rows < kSomeRows) {

@@ -140,13 +140,13 @@ __global__ void __launch_bounds__(Shape::kThreads) combine_kernel(const __grid_c
       for (int v = 0; v < kVectors; ++v) add(sum[v], sums[g][v][column], weight);
     }
   }
-  const float factor = total > 0 ? 1 / total : 0;
+  const float factor = total > 0 ? ptx::reciprocal(total) : 0;
 #pragma unroll
   for (int v = 0; v < kVectors; ++v) {
     scale(sum[v], factor);
     store_four<Element>(to + (v * Shape::kRowThreads + column) * 4, sum[v]);
   }
-  if (column == 0 && lse != nullptr) *lse = total > 0 ? (peak + log2f(total)) * kLn2 : -INFINITY;
+  if (column == 0 && lse != nullptr) *lse = total > 0 ? (peak + ptx::log2(total)) * kLn2 : -INFINITY;
 }
 
 }  // namespace mla_backend::sm90

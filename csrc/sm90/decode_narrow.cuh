@@ -178,7 +178,7 @@ __device__ void consume_narrow(const DecodeParams& params, NarrowShared<Element,
       float total = 0;
 #pragma unroll
       for (int w = 0; w < 4; ++w) total += shared.exchange[group][w][row];
-      const float factor = total > 0 ? 1 / total : 0;
+      const float factor = total > 0 ? ptx::reciprocal(total) : 0;
       const int column = group * kGroupBlocks * 64 + own_row;
       if (piece.whole()) {
         Element* to = results.out(row) + column;
@@ -199,7 +199,7 @@ __device__ void consume_narrow(const DecodeParams& params, NarrowShared<Element,
         }
       }
       if (threadIdx.x < 4) {
-        results.store_lse(row, total > 0 ? reference[c] + log2f(total) : -INFINITY);
+        results.store_lse(row, total > 0 ? reference[c] + ptx::log2(total) : -INFINITY);
       }
     }
     ptx::named_barrier_sync<128>(own_barrier);  // before the next piece overwrites the sums
@@ -222,7 +222,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   ptx::let_next_kernel_start();
   run_roles(
       [&] {
-        bring_tiles<kTileTokens>(params, pieces, shared.tiles, kHeadDim * sizeof(Element),
+        bring_tiles(params, pieces, shared.tiles, kHeadDim * sizeof(Element),
                     [&](int stage, int tile_row, int page, int page_row) {
 #pragma unroll
                       for (int block = 0; block < kColumnBlocks; ++block) {

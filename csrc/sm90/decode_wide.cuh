@@ -166,14 +166,14 @@ class WideConsumer {
       merge(out, factor, results);
     } else {
 #pragma unroll
-      for (int i = 0; i < 2; ++i) factor[i] = sum[i] > 0 ? 1 / sum[i] : 0;
+      for (int i = 0; i < 2; ++i) factor[i] = sum[i] > 0 ? ptx::reciprocal(sum[i]) : 0;
       store<0, 128>(out, factor, results);
     }
     if (rank == 0 && lane % 4 == 0 && (group == 0 || !kSharesRows)) {
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
         const int row = first_row() + own_row + 8 * i;
-        if (row < results.last_row) results.store_lse(row, sum[i] > 0 ? reference[i] + log2f(sum[i]) : -INFINITY);
+        if (row < results.last_row) results.store_lse(row, sum[i] > 0 ? reference[i] + ptx::log2(sum[i]) : -INFINITY);
       }
     }
   }
@@ -470,7 +470,7 @@ __global__ void __cluster_dims__(2) __launch_bounds__(kThreads, 1)
   const int rank = ptx::cluster_rank();
   run_roles(
       [&] {
-        bring_tiles<kHalfTokens>(params, pieces, shared.tiles, (kBlockLatent + kBlockRope) * sizeof(Element),
+        bring_tiles(params, pieces, shared.tiles, (kBlockLatent + kBlockRope) * sizeof(Element),
                     [&](int stage, int token, int page, int page_row) {
                       auto& tile = shared.tile[stage];
                       const int tile_row = token ^ rank * kHalfTokens;  // the own tokens first

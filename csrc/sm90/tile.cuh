@@ -58,10 +58,11 @@ struct Pipeline {
 
 // The tile warp: bring the tiles of this worker's share, stage after stage, as consumers empty them. `load(stage,
 // token, page, page_row)` starts the copies of a box of tokens, `token_bytes` for each of them.
-template <int kMaxBoxTokens, typename Pipeline, typename Load>
+template <typename Pipeline, typename Load>
 __device__ void bring_tiles(const DecodeParams& params, Pieces& pieces, Pipeline& pipeline, int token_bytes, Load load) {
   const int lane = threadIdx.x % 32;
-  const int box_tokens = min(params.page_size, kMaxBoxTokens), tile_boxes = kTileTokens / box_tokens;
+  const int shift = params.box_shift, box_tokens = 1 << shift, tile_boxes = kTileTokens >> shift;
+  const auto page_index = [&](int box) { return params.boxes_per_page == 1 ? box : box / params.boxes_per_page; };
   int number = 0;
   Piece piece;
   while (pieces.take(piece)) {
@@ -71,8 +72,8 @@ __device__ void bring_tiles(const DecodeParams& params, Pieces& pieces, Pipeline
     const int first_box = piece.first_tile * tile_boxes;
     int boxes = piece.last_tile * tile_boxes;
     const int seq_len = piece.seq_len;
-    if (params.page_size < kTileTokens) boxes = min(boxes, (seq_len + box_tokens - 1) / box_tokens);
-    const auto page_of = [&](int box) { return box < boxes ? pages[box * box_tokens / params.page_size] : 0; };
+    if (params.page_size < kTileTokens) boxes = min(boxes, seq_len + box_tokens - 1 >> shift);
+    const auto page_of = [&](int box) { return box < boxes ? pages[page_index(box)] : 0; };
     int page = page_of(first_box + lane), next_page = page_of(first_box + 32 + lane);
 
     if (static_cast<int>(blockIdx.y) * params.block_rows >= piece.rows(params)) continue;
@@ -83,12 +84,13 @@ __device__ void bring_tiles(const DecodeParams& params, Pieces& pieces, Pipeline
         next_page = page_of(first_box + index + 32 + lane);
       }
       const int first = tile * kTileTokens, stage = pipeline.stage(number);
-      const int tokens = min(kTileTokens, (seq_len - first + box_tokens - 1) / box_tokens * box_tokens);
+      const int tokens = min(kTileTokens, seq_len - first + box_tokens - 1 >> shift << shift);
       pipeline.wait_empty(number);
       if (lane == 0) ptx::mbarrier_arrive_expect_tx(&pipeline.full[stage], tokens * token_bytes);
       for (int row = 0, box = index; row < tokens; row += box_tokens, ++box) {
         const int box_page = __shfl_sync(~0u, page, box % 32);
-        if (lane == 0) load(stage, row, box_page, (first + row) % params.page_size);
+        const int all_boxes = first_box + box, page_box = all_boxes - page_index(all_boxes) * params.boxes_per_page;
+        if (lane == 0) load(stage, row, box_page, page_box << shift);
       }
       __syncwarp();
     }

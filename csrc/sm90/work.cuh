@@ -27,6 +27,14 @@ __device__ __forceinline__ int find_owner(const int32_t* starts, int count, int 
   return low;
 }
 
+constexpr int kLeastShare = 2;  // tiles that a worker gets at least
+
+// a / b, in a third of the instructions where a < 2^20: these are cold in the caches when a kernel begins. (a + 1/2) / b is
+// 1 / 2b or more from any whole number, and its error less than that.
+__device__ __forceinline__ int divide(int a, int b) {
+  return a < 1 << 20 ? __float2int_rz(__fdividef(a + 0.5f, b)) : a / b;
+}
+
 // The shares of all workers. Made by a whole warp.
 class Shares {
  public:
@@ -38,21 +46,24 @@ class Shares {
     for (int i = 0; i < kLoads; ++i) counts_[i] = params.request_tiles[min(i * 32 + lane, params.requests)];
     const bool all_held = params.requests < kLoads * 32;
     total = all_held ? __shfl_sync(~0u, counts_[kLoads - 1], 31) : params.request_tiles[params.requests];
-    const int workers = max(1, min(params.workers, total / params.least_share));
-    quotient_ = total / workers, remainder_ = total % workers;
+    const int workers = max(1, min(params.workers, total / kLeastShare));
+    quotient_ = divide(total, workers), remainder_ = total - quotient_ * workers;
     if (all_held && total > 0 && params.requests <= workers) {
-      const int length = total / params.requests;
+      const int length = divide(total, params.requests);
       bool equal = length * params.requests == total;
 #pragma unroll
       for (int i = 0; i < kLoads; ++i) equal &= counts_[i] == min(i * 32 + lane, params.requests) * length;
-      if (__all_sync(~0u, equal)) length_ = length, parts_ = workers / params.requests;
+      if (__all_sync(~0u, equal)) length_ = length, parts_ = divide(workers, params.requests);
     }
   }
 
   // First tile of a worker's share; of workers that get nothing, past the last tile.
   __device__ int begin(int worker) const {
-    const int first = parts_ > 0 ? worker / parts_ * length_ + worker % parts_ * length_ / parts_
-                                 : worker * quotient_ + min(worker, remainder_);
+    int first = worker * quotient_ + min(worker, remainder_);
+    if (parts_ > 0) {
+      const int request = divide(worker, parts_);
+      first = request * length_ + divide((worker - request * parts_) * length_, parts_);
+    }
     return min(first, total);
   }
 

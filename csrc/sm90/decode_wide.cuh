@@ -43,7 +43,7 @@ struct alignas(1024) WideShared {
     float2 reference[128];
   } probabilities[2];
   float2 exchanged[2][128];
-  uint64_t scores_full[2][2], probabilities_full[2], probabilities_free[2], exchanged_full[2];
+  uint64_t scores_full[2][2], probabilities_full[2], probabilities_free[2], exchanged_full[2], met;
   Piece work[2];
   Pipeline<kStages> tiles;
   Pipeline<1> queries;
@@ -348,13 +348,20 @@ class WideConsumer {
     return shared.exchanged[group][thread];
   }
 
+  // All mathematics threads. By an mbarrier, because compute-sanitizer's racecheck does not follow a named barrier of two
+  // warpgroups in a cluster.
+  __device__ __forceinline__ void meet() {
+    ptx::mbarrier_arrive(&shared.met);
+    ptx::mbarrier_wait(&shared.met, meetings++ & 1);
+  }
+
   // Add up the results of both warpgroups, for the same rows and different tiles: each hands half of the columns to the
   // other, 32 numbers of a thread at a time, where the queries were.
   __device__ __forceinline__ void merge(float (&out)[128], float (&factor)[2], const Rows<Element>& results) {
     float4(*buffer)[kMathThreads] = reinterpret_cast<float4(*)[kMathThreads]>(&shared.query);
-    ptx::named_barrier_sync<kMathThreads>(kMathBarrier);
+    meet();
     buffer[8][threadIdx.x] = make_float4(reference[0], reference[1], sum[0], sum[1]);
-    ptx::named_barrier_sync<kMathThreads>(kMathBarrier);
+    meet();
     const float4 other = buffer[8][threadIdx.x ^ 128];
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
@@ -369,14 +376,14 @@ class WideConsumer {
     for (int j = 0; j < 128; ++j) out[j] *= factor[j / 2 % 2];
 #pragma unroll
     for (int round = 0; round < 2; ++round) {
-      if (round > 0) ptx::named_barrier_sync<kMathThreads>(kMathBarrier);
+      if (round > 0) meet();
 #pragma unroll
       for (int j = 0; j < 8; ++j) {
         const int near = round * 32 + j * 4, far = near + 64;
         buffer[j][threadIdx.x] = group == 0 ? make_float4(out[far], out[far + 1], out[far + 2], out[far + 3])
                                             : make_float4(out[near], out[near + 1], out[near + 2], out[near + 3]);
       }
-      ptx::named_barrier_sync<kMathThreads>(kMathBarrier);
+      meet();
 #pragma unroll
       for (int j = 0; j < 8; ++j) {
         const int near = round * 32 + j * 4, far = near + 64;
@@ -388,7 +395,6 @@ class WideConsumer {
         }
       }
     }
-    ptx::named_barrier_sync<128>(kMathBarrier + 1 + group);
     shared.queries.release(pieces_done);
     const float one[2] = {1, 1};
     if (group == 0) {
@@ -441,7 +447,7 @@ class WideConsumer {
   int all_visible;       // of them, to all of this warpgroup's rows
   int tiles;             // the warpgroup's of this piece
   int tiles_before = 0;  // the block's of all pieces before
-  int tiles_done = 0, pieces_done = 0, exchanges = 0;  // by this warpgroup so far
+  int tiles_done = 0, pieces_done = 0, exchanges = 0, meetings = 0;  // by this warpgroup so far
   // In base 2: what the own rows' probabilities are relative to, and their sums; the same of a tile's own tokens.
   float reference[2], sum[2], own_reference[2], own_sum[2];
 };
@@ -461,6 +467,7 @@ __global__ void __cluster_dims__(2) __launch_bounds__(kThreads, 1)
       ptx::mbarrier_init(&shared.probabilities_free[i], 4);  // a lane of each warp
       ptx::mbarrier_init(&shared.exchanged_full[i], 1);
     }
+    ptx::mbarrier_init(&shared.met, kMathThreads);
     ptx::fence_mbarrier_init();
   }
   Pieces pieces(params);

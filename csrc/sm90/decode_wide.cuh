@@ -77,7 +77,7 @@ class WideConsumer {
       tokens = piece().seq_len - piece().first_tile * kTileTokens;
       attend();
       tiles_before += piece_tiles;
-      tiles_done += tiles;
+      if (kSharesRows) tiles_done += tiles;
     }
     if (!kSharesRows && group == 0) take_turn();  // the last one given
   }
@@ -157,7 +157,7 @@ class WideConsumer {
     if (tiles > 0) {
 #pragma unroll
       for (int i = 0; i < 2; ++i) sum[i] = quad_sum(sum[i]);
-      const float2 theirs = exchange(make_float2(sum[0], sum[1]));
+      const float2 theirs = exchange(make_float2(sum[0], sum[1]), 1);
       sum[0] += theirs.x, sum[1] += theirs.y;
     }
 
@@ -239,7 +239,7 @@ class WideConsumer {
     if (thread == 0) shared.tiles.release(number(tile));
   }
 
-  __device__ __forceinline__ int message(int tile) const { return tiles_done + tile; }
+  __device__ __forceinline__ int message(int tile) const { return (kSharesRows ? tiles_done : tiles_before) + tile; }
 
   // From this block's part of the own tokens' scores to their probabilities, which are sent too.
   __device__ __forceinline__ void softmax(float (&score)[32], uint32_t* probability, int tile) {
@@ -261,25 +261,31 @@ class WideConsumer {
       }
     }
 
-    float tile_peak[2] = {score[0], score[2]}, shift[2];
+    float peak[2] = {score[0], score[2]}, shift[2];
 #pragma unroll
-    for (int j = 0; j < 16; ++j) tile_peak[j / 2 % 2] = fmaxf(tile_peak[j / 2 % 2], score[j]);
+    for (int j = 0; j < 16; ++j) peak[j / 2 % 2] = fmaxf(peak[j / 2 % 2], score[j]);
 #pragma unroll
-    for (int i = 0; i < 2; ++i) tile_peak[i] = quad_max(tile_peak[i]) * scale_log2;
-    if (tile == 0) {
-      const float2 theirs = exchange(make_float2(tile_peak[0], tile_peak[1]));
-      reference[0] = fmaxf(tile_peak[0], theirs.x), reference[1] = fmaxf(tile_peak[1], theirs.y);
-    }
+    for (int i = 0; i < 2; ++i) peak[i] *= scale_log2, own_reference[i] = reference[i], own_sum[i] = 0;
+    // A vote is much faster than the shuffles that find the maximum of a row.
+    const bool outgrown = peak[0] - reference[0] > kPatience || peak[1] - reference[1] > kPatience;
+    if (tile == 0 || __any_sync(~0u, outgrown)) {
 #pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      // From here on the own tokens and the others may follow their scores by different powers of two for a while.
-      own_reference[i] = reference[i];
-      if (tile_peak[i] - reference[i] > kPatience) {
-        own_reference[i] = reference[i] == -INFINITY ? tile_peak[i] : reference[i] + ceilf(tile_peak[i] - reference[i]);
+      for (int i = 0; i < 2; ++i) peak[i] = quad_max(peak[i]);
+      if (tile == 0) {
+        const float2 theirs = exchange(make_float2(peak[0], peak[1]), 0);
+        reference[0] = fmaxf(peak[0], theirs.x), reference[1] = fmaxf(peak[1], theirs.y);
       }
-      shift[i] = own_reference[i] == -INFINITY ? 0 : own_reference[i];
-      own_sum[i] = 0;
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        // From here on the own tokens and the others may follow their scores by different powers of two for a while.
+        own_reference[i] = reference[i];
+        if (peak[i] - reference[i] > kPatience) {
+          own_reference[i] = reference[i] == -INFINITY ? peak[i] : reference[i] + ceilf(peak[i] - reference[i]);
+        }
+      }
     }
+#pragma unroll
+    for (int i = 0; i < 2; ++i) shift[i] = own_reference[i] == -INFINITY ? 0 : own_reference[i];
     ptx::mbarrier_wait(&shared.probabilities_free[group], (message(tile) & 1) ^ 1);
     const uint32_t full = over_there(&shared.probabilities_full[group]);
     ptx::store_async(over_there(&shared.probabilities[group].reference[thread]),
@@ -340,11 +346,11 @@ class WideConsumer {
     for (int i = 0; i < 2; ++i) sum[i] += own_sum[i];
   }
 
-  // Two numbers against the other block's.
-  __device__ __forceinline__ float2 exchange(float2 ours) {
+  // Two numbers against the other block's, the first (0) or second (1) time for a piece.
+  __device__ __forceinline__ float2 exchange(float2 ours, int time) {
     ptx::store_async(over_there(&shared.exchanged[group][thread]), ours, over_there(&shared.exchanged_full[group]));
     if (thread == 0) ptx::mbarrier_arrive_expect_tx(&shared.exchanged_full[group], sizeof(shared.exchanged[0]));
-    ptx::mbarrier_wait(&shared.exchanged_full[group], exchanges++ & 1);
+    ptx::mbarrier_wait(&shared.exchanged_full[group], time);
     return shared.exchanged[group][thread];
   }
 
@@ -447,7 +453,7 @@ class WideConsumer {
   int all_visible;       // of them, to all of this warpgroup's rows
   int tiles;             // the warpgroup's of this piece
   int tiles_before = 0;  // the block's of all pieces before
-  int tiles_done = 0, pieces_done = 0, exchanges = 0, meetings = 0;  // by this warpgroup so far
+  int tiles_done = 0, pieces_done = 0, meetings = 0;  // by this warpgroup so far
   // In base 2: what the own rows' probabilities are relative to, and their sums; the same of a tile's own tokens.
   float reference[2], sum[2], own_reference[2], own_sum[2];
 };

@@ -80,7 +80,7 @@ void decode(Kernel kernel, DecodeParams& params, const Cache& cache, CUtensorMap
     maps.rope_query = of_queries(params.q_pe, kRopeDim, params.q_pe_token_stride, params.q_pe_head_stride, kRopeColumns);
   }
 
-  constexpr size_t kSharedBytes = sizeof(Shared) + alignof(Shared);
+  constexpr size_t kSharedBytes = sizeof(Shared);
   static_assert(kSharedBytes <= 227 * 1024);
   // Per device and cheap, so it is simply asked for each time.
   check("shared memory for the decode kernel",

@@ -35,19 +35,35 @@ struct alignas(1024) WideShared {
     Element rope[kTileTokens][kBlockRope];
   } tile[kStages];
   // What the same warpgroups of the other block send: scores, probabilities and what they are relative to, and two numbers
-  // of which both need to know the other's. Scores are sent only after probabilities have come, which say that the scores
-  // before the last ones have been read.
-  float4 scores[2][2][4][128];
+  // of which both need to know the other's. Scores and probabilities take turns, so that whoever sends either has read those
+  // of the other kind but the last: two of each are enough.
+  uint4 scores[2][2][3][128];
   struct {
     uint4 probability[2][128];
     float2 reference[128];
-  } probabilities[2];
+  } probabilities[2][2];
   float2 exchanged[2][128];
-  uint64_t scores_full[2][2], probabilities_full[2], probabilities_free[2], exchanged_full[2], met;
+  uint64_t scores_full[2][2], probabilities_full[2][2], exchanged_full[2], met;
   Piece work[2];
   Pipeline<kStages> tiles;
   Pipeline<1> queries;
 };
+
+// Scores are sent in 24 bits, because the way from block to block is narrow: four in three words, which hold the upper bytes
+// of the first three and in their lowest byte one of the fourth. So they are right to 2^-15 of themselves, where
+// probabilities, which are made of them, are rounded to 2^-9.
+__device__ __forceinline__ void pack_scores(uint32_t* packed, const float* score) {
+  const uint32_t last = __float_as_uint(score[3]);
+  packed[0] = __byte_perm(__float_as_uint(score[0]), last, 0x3215);
+  packed[1] = __byte_perm(__float_as_uint(score[1]), last, 0x3216);
+  packed[2] = __byte_perm(__float_as_uint(score[2]), last, 0x3217);
+}
+
+__device__ __forceinline__ void add_packed_scores(float* score, const uint32_t* packed) {
+#pragma unroll
+  for (int j = 0; j < 3; ++j) score[j] += __uint_as_float(packed[j]);
+  score[3] += __uint_as_float(__byte_perm(__byte_perm(packed[0], packed[1], 0x0040), packed[2], 0x4100));
+}
 
 template <typename Element, int kRows>
 class WideConsumer {
@@ -210,10 +226,13 @@ class WideConsumer {
     ptx::keep(score);
     const int slot = message(tile) & 1;
     const uint32_t full = over_there(&shared.scores_full[group][slot]);
+    uint32_t packed[12];
 #pragma unroll
-    for (int j = 0; j < 4; ++j) {
-      const float* four = score + 16 + j * 4;
-      ptx::store_async(over_there(&shared.scores[group][slot][j][thread]), make_float4(four[0], four[1], four[2], four[3]), full);
+    for (int j = 0; j < 4; ++j) pack_scores(packed + j * 3, score + 16 + j * 4);
+#pragma unroll
+    for (int j = 0; j < 3; ++j) {
+      const uint32_t* four = packed + j * 4;
+      ptx::store_async(over_there(&shared.scores[group][slot][j][thread]), make_uint4(four[0], four[1], four[2], four[3]), full);
     }
   }
 
@@ -246,11 +265,14 @@ class WideConsumer {
     const int slot = message(tile) & 1;
     if (thread == 0) ptx::mbarrier_arrive_expect_tx(&shared.scores_full[group][slot], sizeof(shared.scores[0][0]));
     ptx::mbarrier_wait(&shared.scores_full[group][slot], message(tile) >> 1 & 1);
+    uint32_t packed[12];
 #pragma unroll
-    for (int j = 0; j < 4; ++j) {
-      const float4 theirs = shared.scores[group][slot][j][thread];
-      score[j * 4] += theirs.x, score[j * 4 + 1] += theirs.y, score[j * 4 + 2] += theirs.z, score[j * 4 + 3] += theirs.w;
+    for (int j = 0; j < 3; ++j) {
+      const uint4 four = shared.scores[group][slot][j][thread];
+      packed[j * 4] = four.x, packed[j * 4 + 1] = four.y, packed[j * 4 + 2] = four.z, packed[j * 4 + 3] = four.w;
     }
+#pragma unroll
+    for (int j = 0; j < 4; ++j) add_packed_scores(score + j * 4, packed + j * 3);
     const int first = token(tile);
     if (first + kTileTokens > all_visible) {
       const int visible[2] = {visible_to(own_row), visible_to(own_row + 8)};
@@ -286,9 +308,8 @@ class WideConsumer {
     }
 #pragma unroll
     for (int i = 0; i < 2; ++i) shift[i] = own_reference[i] == -INFINITY ? 0 : own_reference[i];
-    ptx::mbarrier_wait(&shared.probabilities_free[group], (message(tile) & 1) ^ 1);
-    const uint32_t full = over_there(&shared.probabilities_full[group]);
-    ptx::store_async(over_there(&shared.probabilities[group].reference[thread]),
+    const uint32_t full = over_there(&shared.probabilities_full[group][slot]);
+    ptx::store_async(over_there(&shared.probabilities[group][slot].reference[thread]),
                      make_float2(own_reference[0], own_reference[1]), full);
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
@@ -300,26 +321,25 @@ class WideConsumer {
       uint32_t* four = probability + half * 4;
 #pragma unroll
       for (int j = 0; j < 4; ++j) four[j] = pack<Element>(score[half * 8 + j * 2], score[half * 8 + j * 2 + 1]);
-      ptx::store_async(over_there(&shared.probabilities[group].probability[half][thread]),
+      ptx::store_async(over_there(&shared.probabilities[group][slot].probability[half][thread]),
                        make_uint4(four[0], four[1], four[2], four[3]), full);
     }
   }
 
   // The other tokens' probabilities. `out` is what the tiles before add up to.
   __device__ __forceinline__ void receive(uint32_t (&probability)[16], float (&out)[128], int tile) {
-    if (thread == 0) {
-      ptx::mbarrier_arrive_expect_tx(&shared.probabilities_full[group], sizeof(shared.probabilities[0]));
-    }
-    ptx::mbarrier_wait(&shared.probabilities_full[group], message(tile) & 1);
+    const int slot = message(tile) & 1;
+    auto& theirs = shared.probabilities[group][slot];
+    uint64_t* full = &shared.probabilities_full[group][slot];
+    if (thread == 0) ptx::mbarrier_arrive_expect_tx(full, sizeof(theirs));
+    ptx::mbarrier_wait(full, message(tile) >> 1 & 1);
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      const uint4 four = shared.probabilities[group].probability[half][thread];
+      const uint4 four = theirs.probability[half][thread];
       probability[8 + half * 4] = four.x, probability[9 + half * 4] = four.y;
       probability[10 + half * 4] = four.z, probability[11 + half * 4] = four.w;
     }
-    const float2 their_reference = shared.probabilities[group].reference[thread];
-    __syncwarp();
-    if (lane == 0) ptx::arrive(over_there(&shared.probabilities_free[group]));
+    const float2 their_reference = theirs.reference[thread];
     const bool unchanged = own_reference[0] == reference[0] && own_reference[1] == reference[1] &&
                            their_reference.x == reference[0] && their_reference.y == reference[1];
     if (!__all_sync(~0u, unchanged)) {
@@ -327,9 +347,9 @@ class WideConsumer {
       float decay[2];
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
-        const float theirs = i == 0 ? their_reference.x : their_reference.y;
-        const float both = fmaxf(own_reference[i], theirs), shift = both == -INFINITY ? 0 : both;
-        const float own_factor = ptx::exp2(own_reference[i] - shift), their_factor = ptx::exp2(theirs - shift);
+        const float their = i == 0 ? their_reference.x : their_reference.y;
+        const float both = fmaxf(own_reference[i], their), shift = both == -INFINITY ? 0 : both;
+        const float own_factor = ptx::exp2(own_reference[i] - shift), their_factor = ptx::exp2(their - shift);
         decay[i] = ptx::exp2(reference[i] - shift);
         reference[i] = both;
         sum[i] *= decay[i], own_sum[i] *= own_factor;
@@ -467,10 +487,10 @@ __global__ void __cluster_dims__(2) __launch_bounds__(kThreads, 1)
     shared.tiles.initialise(kRows / 64);
     shared.queries.initialise(kMathThreads);
     for (int i = 0; i < 2; ++i) {
-      ptx::mbarrier_init(&shared.scores_full[i][0], 1);
-      ptx::mbarrier_init(&shared.scores_full[i][1], 1);
-      ptx::mbarrier_init(&shared.probabilities_full[i], 1);
-      ptx::mbarrier_init(&shared.probabilities_free[i], 4);  // a lane of each warp
+      for (int slot = 0; slot < 2; ++slot) {
+        ptx::mbarrier_init(&shared.scores_full[i][slot], 1);
+        ptx::mbarrier_init(&shared.probabilities_full[i][slot], 1);
+      }
       ptx::mbarrier_init(&shared.exchanged_full[i], 1);
     }
     ptx::mbarrier_init(&shared.met, kMathThreads);

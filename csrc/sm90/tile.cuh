@@ -253,9 +253,9 @@ __device__ __forceinline__ uint32_t pack(float low, float high) {
 
 template <typename Shared>
 __device__ Shared& shared_memory() {
-  extern __shared__ char memory[];
-  // By an offset and not by a cast, or the compiler forgets that it is shared memory and reads it more slowly.
-  return *reinterpret_cast<Shared*>(memory + (-ptx::shared_address(memory) & (alignof(Shared) - 1)));
+  extern __shared__ __align__(1024) char memory[];
+  static_assert(alignof(Shared) <= 1024);
+  return *reinterpret_cast<Shared*>(memory);
 }
 
 // Whether a warp brings tiles or queries. These look up the schedule while the pipelines are initialised.

@@ -125,6 +125,7 @@ class WideConsumer {
 
   __device__ __forceinline__ void attend() {
     all_visible = visible_to(0);
+    load_rope();
 #pragma unroll
     for (int i = 0; i < 2; ++i) reference[i] = -INFINITY, sum[i] = 0;
 
@@ -194,6 +195,17 @@ class WideConsumer {
     }
   }
 
+  // The rotary part of the queries stays in registers: with both factors in shared memory a product of 64 columns leaves no
+  // bandwidth for anybody else there.
+  __device__ __forceinline__ void load_rope() {
+    const char* rows = reinterpret_cast<const char*>(shared.query.rope);
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+      const int row = group_row() + own_row + i % 2 * 8, chunk = i / 2;
+      rope[i] = *reinterpret_cast<const uint32_t*>(rows + swizzled_64(row, chunk) + own_column * sizeof(Element));
+    }
+  }
+
   // The warpgroups compute scores in turn, in both blocks in the same order, so that none waits for scores that the other
   // block has put off.
   __device__ __forceinline__ void take_turn() { ptx::named_barrier_sync<kMathThreads>(kTurnBarrier + group); }
@@ -205,7 +217,6 @@ class WideConsumer {
     auto& keys = shared.tile[ptx::uniform(shared.tiles.stage(number(tile)))];
     const ptx::Matrix q(ptx::shared_address(shared.query.latent) + group_row() * 128, 0, 1024);
     const ptx::Matrix k(ptx::shared_address(keys.latent), 0, 1024);
-    const ptx::Matrix q_rope(ptx::shared_address(shared.query.rope) + group_row() * 64, 0, 512, ptx::Swizzle::k64Bytes);
     const ptx::Matrix k_rope(ptx::shared_address(keys.rope), 0, 512, ptx::Swizzle::k64Bytes);
     shared.tiles.wait_full(number(tile));
     if (!kSharesRows) take_turn();
@@ -215,15 +226,15 @@ class WideConsumer {
       const uint32_t inner = step % 4 * 32;
       ptx::wgmma<Element>(score, q.at(step / 4 * sizeof(shared.query.latent[0]) + inner),
                           k.at(step / 4 * sizeof(keys.latent[0]) + inner), step > 0);
-    }
-#pragma unroll
-    for (int step = 0; step < kBlockRope / 16; ++step) {
-      ptx::wgmma<Element>(score, q_rope.at(step * 32), k_rope.at(step * 32), 1);
+      // The rotary ones among them: they leave bandwidth to others.
+      if (step % 8 == 7) ptx::wgmma<Element>(score, rope + step / 8 * 4, k_rope.at(step / 8 * 32), 1);
     }
     ptx::wgmma_commit();
     if (!kSharesRows) give_turn();
     ptx::wgmma_wait<0>();
     ptx::keep(score);
+#pragma unroll
+    for (int i = 0; i < 8; ++i) asm volatile("" : "+r"(rope[i]));  // the tensor cores read it until here
     const int slot = message(tile) & 1;
     const uint32_t full = over_there(&shared.scores_full[group][slot]);
     uint32_t packed[12];
@@ -469,6 +480,7 @@ class WideConsumer {
   const int own_row, own_column;
   const float scale_log2;  // scores in base 2: exp2 is one instruction
 
+  uint32_t rope[kBlockRope / 4];
   int tokens;            // of the request, from the piece's first on
   int all_visible;       // of them, to all of this warpgroup's rows
   int tiles;             // the warpgroup's of this piece

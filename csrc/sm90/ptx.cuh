@@ -243,6 +243,13 @@ struct Matrix {
                : MLA_C16(0), MLA_C16(16)                                                           \
                : "l"(a), "l"(b), "r"(add), "n"(kTransposedA))
 
+#define MLA_WGMMA_RS_N64(type)                                                                     \
+  asm volatile("{\n.reg .pred add;\nsetp.ne.b32 add, %37, 0;\n"                                    \
+               "wgmma.mma_async.sync.aligned.m64n64k16.f32." type "." type " " MLA_R32             \
+               ", {%32, %33, %34, %35}, %36, add, 1, 1, 0;\n}\n"                                  \
+               : MLA_C16(0), MLA_C16(16)                                                           \
+               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(add))
+
 #define MLA_WGMMA_N256(type)                                                                       \
   asm volatile("{\n.reg .pred add;\nsetp.ne.b32 add, %133, 0;\n"                                   \
                "wgmma.mma_async.sync.aligned.m64n256k16.f32." type "." type " " MLA_R128           \
@@ -273,6 +280,12 @@ __device__ __forceinline__ void wgmma(float (&c)[32], uint64_t a, uint64_t b, in
   MLA_OF_ELEMENT(MLA_WGMMA_N64)
 }
 
+// The same with a in registers.
+template <typename Element>
+__device__ __forceinline__ void wgmma(float (&c)[32], const uint32_t* a, uint64_t b, int add) {
+  MLA_OF_ELEMENT(MLA_WGMMA_RS_N64)
+}
+
 // c [64 x 256] (+)= a [64 x 16], in registers, times b [16 x 256], MN-major.
 template <typename Element>
 __device__ __forceinline__ void wgmma_transposed_b(float (&c)[128], const uint32_t* a, uint64_t b, int add) {
@@ -282,6 +295,7 @@ __device__ __forceinline__ void wgmma_transposed_b(float (&c)[128], const uint32
 #undef MLA_OF_ELEMENT
 #undef MLA_WGMMA_N256
 #undef MLA_WGMMA_N64
+#undef MLA_WGMMA_RS_N64
 #undef MLA_WGMMA_N32
 #undef MLA_WGMMA_N16
 #undef MLA_R8

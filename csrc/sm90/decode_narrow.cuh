@@ -223,11 +223,11 @@ __global__ void __launch_bounds__(kThreads, 1)
   run_roles(
       [&] {
         bring_tiles(params, pieces, shared.tiles, kHeadDim * sizeof(Element),
-                    [&](int stage, int tile_row, int page, int page_row) {
+                    [&](int stage, int tile_row, int page, int page_row, uint64_t policy) {
 #pragma unroll
                       for (int block = 0; block < kColumnBlocks; ++block) {
                         ptx::tma_load(&shared.tile[stage][block][tile_row], &maps.latent, block * 64, page_row, page,
-                                      &shared.tiles.full[stage]);
+                                      &shared.tiles.full[stage], policy);
                       }
                     });
       },

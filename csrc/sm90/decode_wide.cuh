@@ -516,16 +516,17 @@ __global__ void __cluster_dims__(2) __launch_bounds__(kThreads, 1)
   run_roles(
       [&] {
         bring_tiles(params, pieces, shared.tiles, (kBlockLatent + kBlockRope) * sizeof(Element),
-                    [&](int stage, int token, int page, int page_row) {
+                    [&](int stage, int token, int page, int page_row, uint64_t policy) {
                       auto& tile = shared.tile[stage];
                       const int tile_row = token ^ rank * kHalfTokens;  // the own tokens first
                       uint64_t* full = &shared.tiles.full[stage];
 #pragma unroll
                       for (int block = 0; block < kLatentBlocks; ++block) {
                         ptx::tma_load(&tile.latent[block][tile_row], &maps.latent, rank * kBlockLatent + block * 64,
-                                      page_row, page, full);
+                                      page_row, page, full, policy);
                       }
-                      ptx::tma_load(&tile.rope[tile_row], &maps.rope, kLatentDim + rank * kBlockRope, page_row, page, full);
+                      ptx::tma_load(&tile.rope[tile_row], &maps.rope, kLatentDim + rank * kBlockRope, page_row, page, full,
+                                    policy);
                     });
       },
       [&] {

@@ -57,11 +57,12 @@ struct Pipeline {
 };
 
 // The tile warp: bring the tiles of this worker's share, stage after stage, as consumers empty them. `load(stage,
-// token, page, page_row)` starts the copies of a box of tokens, `token_bytes` for each of them.
+// token, page, page_row, policy)` starts the copies of a box of tokens, `token_bytes` for each of them.
 template <typename Pipeline, typename Load>
 __device__ void bring_tiles(const DecodeParams& params, Pieces& pieces, Pipeline& pipeline, int token_bytes, Load load) {
   const int lane = threadIdx.x % 32;
   const int shift = params.box_shift, box_tokens = 1 << shift, tile_boxes = kTileTokens >> shift;
+  const uint64_t policy = ptx::cache_policy(/*evict_first=*/pieces.read_little_once());
   const auto page_index = [&](int box) { return params.boxes_per_page == 1 ? box : box / params.boxes_per_page; };
   int number = 0;
   Piece piece;
@@ -90,7 +91,7 @@ __device__ void bring_tiles(const DecodeParams& params, Pieces& pieces, Pipeline
       for (int row = 0, box = index; row < tokens; row += box_tokens, ++box) {
         const int box_page = __shfl_sync(~0u, page, box % 32);
         const int all_boxes = first_box + box, page_box = all_boxes - page_index(all_boxes) * params.boxes_per_page;
-        if (lane == 0) load(stage, row, box_page, page_box << shift);
+        if (lane == 0) load(stage, row, box_page, page_box << shift, policy);
       }
       __syncwarp();
     }

@@ -212,8 +212,8 @@ __global__ void __launch_bounds__(kThreads, 1)
   auto& shared = shared_memory<NarrowShared<Element, kN>>();
   if (threadIdx.x == 0) {
     maps.prefetch();
-    shared.tiles.initialise(2);
-    shared.queries.initialise(kMathThreads);
+    shared.tiles.initialise(1, 2);
+    shared.queries.initialise(32, kMathThreads);
     ptx::fence_mbarrier_init();
   }
   Pieces pieces(params);
@@ -223,11 +223,11 @@ __global__ void __launch_bounds__(kThreads, 1)
   run_roles(
       [&] {
         bring_tiles(params, pieces, shared.tiles, kHeadDim * sizeof(Element),
-                    [&](int stage, int tile_row, int page, int page_row, uint64_t policy) {
+                    [&](int stage, int tile_row, int page, int page_row, auto tma_load) {
 #pragma unroll
                       for (int block = 0; block < kColumnBlocks; ++block) {
-                        ptx::tma_load(&shared.tile[stage][block][tile_row], &maps.latent, block * 64, page_row, page,
-                                      &shared.tiles.full[stage], policy);
+                        tma_load(&shared.tile[stage][block][tile_row], &maps.latent, block * 64, page_row, page,
+                                 &shared.tiles.full[stage]);
                       }
                     });
       },

@@ -496,8 +496,8 @@ __global__ void __cluster_dims__(2) __launch_bounds__(kThreads, 1)
   auto& shared = shared_memory<WideShared<Element, kRows>>();
   if (threadIdx.x == 0) {
     maps.prefetch();
-    shared.tiles.initialise(kRows / 64);
-    shared.queries.initialise(kMathThreads);
+    shared.tiles.initialise(1, kRows / 64);
+    shared.queries.initialise(32, kMathThreads);
     for (int i = 0; i < 2; ++i) {
       for (int slot = 0; slot < 2; ++slot) {
         ptx::mbarrier_init(&shared.scores_full[i][slot], 1);
@@ -516,17 +516,16 @@ __global__ void __cluster_dims__(2) __launch_bounds__(kThreads, 1)
   run_roles(
       [&] {
         bring_tiles(params, pieces, shared.tiles, (kBlockLatent + kBlockRope) * sizeof(Element),
-                    [&](int stage, int token, int page, int page_row, uint64_t policy) {
+                    [&](int stage, int token, int page, int page_row, auto tma_load) {
                       auto& tile = shared.tile[stage];
                       const int tile_row = token ^ rank * kHalfTokens;  // the own tokens first
                       uint64_t* full = &shared.tiles.full[stage];
 #pragma unroll
                       for (int block = 0; block < kLatentBlocks; ++block) {
-                        ptx::tma_load(&tile.latent[block][tile_row], &maps.latent, rank * kBlockLatent + block * 64,
-                                      page_row, page, full, policy);
+                        tma_load(&tile.latent[block][tile_row], &maps.latent, rank * kBlockLatent + block * 64, page_row,
+                                 page, full);
                       }
-                      ptx::tma_load(&tile.rope[tile_row], &maps.rope, kLatentDim + rank * kBlockRope, page_row, page, full,
-                                    policy);
+                      tma_load(&tile.rope[tile_row], &maps.rope, kLatentDim + rank * kBlockRope, page_row, page, full);
                     });
       },
       [&] {

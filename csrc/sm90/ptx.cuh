@@ -96,28 +96,23 @@ __device__ __forceinline__ void store_async(uint32_t to, float2 value, uint32_t 
 
 // --- the copy engine ------------------------------------------------------------------------------------------------
 
-// What the L2 cache does with lines that are read: it evicts them in their turn, or before all others.
-__device__ __forceinline__ uint64_t cache_policy(bool evict_first) {
-  uint64_t normal, first;
-  asm("createpolicy.fractional.L2::evict_normal.b64 %0;" : "=l"(normal));
-  asm("createpolicy.fractional.L2::evict_first.b64 %0;" : "=l"(first));
-  return evict_first ? first : normal;
-}
-
-__device__ __forceinline__ void tma_load(void* to, const CUtensorMap* map, int c0, int c1, int c2, uint64_t* barrier,
-                                         uint64_t policy) {
-  asm volatile(
-      "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1, {%2, %3, %4}], "
-      "[%5], %6;" ::"r"(shared_address(to)),
-      "l"(map), "r"(c0), "r"(c1), "r"(c2), "r"(shared_address(barrier)), "l"(policy)
-      : "memory");
-}
-
 __device__ __forceinline__ void tma_load(void* to, const CUtensorMap* map, int c0, int c1, int c2, uint64_t* barrier) {
   asm volatile(
       "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3, %4}], [%5];" ::"r"(
           shared_address(to)),
       "l"(map), "r"(c0), "r"(c1), "r"(c2), "r"(shared_address(barrier))
+      : "memory");
+}
+
+// The same, and the L2 cache evicts what has been read before all else.
+__device__ __forceinline__ void tma_load_evict_first(void* to, const CUtensorMap* map, int c0, int c1, int c2,
+                                                     uint64_t* barrier) {
+  uint64_t policy;
+  asm("createpolicy.fractional.L2::evict_first.b64 %0;" : "=l"(policy));
+  asm volatile(
+      "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1, {%2, %3, %4}], "
+      "[%5], %6;" ::"r"(shared_address(to)),
+      "l"(map), "r"(c0), "r"(c1), "r"(c2), "r"(shared_address(barrier)), "l"(policy)
       : "memory");
 }
 

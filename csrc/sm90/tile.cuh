@@ -35,8 +35,8 @@ struct TensorMaps {
   }
 };
 
-// The stages that tiles or queries lie in, and the barriers that say when one is full and when it is empty again. `number`
-// counts what has been brought to this block so far.
+// The stages that tiles or queries lie in, and the barriers that say when one is full and when it is empty again, with so many
+// threads arriving. `number` counts what has been brought to this block so far.
 template <int kStages_>
 struct Pipeline {
   static constexpr int kStages = kStages_;
@@ -44,9 +44,9 @@ struct Pipeline {
 
   __device__ static int stage(int number) { return number % kStages; }
 
-  __device__ void initialise(int consumers) {
+  __device__ void initialise(int producers, int consumers) {
     for (int i = 0; i < kStages; ++i) {
-      ptx::mbarrier_init(&full[i], 1);
+      ptx::mbarrier_init(&full[i], producers);
       ptx::mbarrier_init(&empty[i], consumers);
     }
   }
@@ -56,13 +56,11 @@ struct Pipeline {
   __device__ void release(int number) { ptx::mbarrier_arrive(&empty[stage(number)]); }
 };
 
-// The tile warp: bring the tiles of this worker's share, stage after stage, as consumers empty them. `load(stage,
-// token, page, page_row, policy)` starts the copies of a box of tokens, `token_bytes` for each of them.
-template <typename Pipeline, typename Load>
-__device__ void bring_tiles(const DecodeParams& params, Pieces& pieces, Pipeline& pipeline, int token_bytes, Load load) {
+template <typename Pipeline, typename Load, typename TmaLoad>
+__device__ __forceinline__ void bring_tiles_by(const DecodeParams& params, Pieces& pieces, Pipeline& pipeline,
+                                               int token_bytes, Load load, TmaLoad tma_load) {
   const int lane = threadIdx.x % 32;
   const int shift = params.box_shift, box_tokens = 1 << shift, tile_boxes = kTileTokens >> shift;
-  const uint64_t policy = ptx::cache_policy(/*evict_first=*/pieces.read_little_once());
   const auto page_index = [&](int box) { return params.boxes_per_page == 1 ? box : box / params.boxes_per_page; };
   int number = 0;
   Piece piece;
@@ -91,10 +89,23 @@ __device__ void bring_tiles(const DecodeParams& params, Pieces& pieces, Pipeline
       for (int row = 0, box = index; row < tokens; row += box_tokens, ++box) {
         const int box_page = __shfl_sync(~0u, page, box % 32);
         const int all_boxes = first_box + box, page_box = all_boxes - page_index(all_boxes) * params.boxes_per_page;
-        if (lane == 0) load(stage, row, box_page, page_box << shift, policy);
+        if (lane == 0) load(stage, row, box_page, page_box << shift, tma_load);
       }
       __syncwarp();
     }
+  }
+}
+
+// The tile warp: bring the tiles of this worker's share, stage after stage, as consumers empty them. `load(stage, token, page,
+// page_row, tma_load)` starts the copies of a box of tokens with that function, `token_bytes` for each of them.
+template <typename Pipeline, typename Load>
+__device__ void bring_tiles(const DecodeParams& params, Pieces& pieces, Pipeline& pipeline, int token_bytes, Load load) {
+  // Chosen once, because this warp has not the time to choose for every copy. To ask for the usual policy in words, as the
+  // other is asked for, takes 5 % longer.
+  if (pieces.read_little_once()) {
+    bring_tiles_by(params, pieces, pipeline, token_bytes, load, [](auto... copy) { ptx::tma_load_evict_first(copy...); });
+  } else {
+    bring_tiles_by(params, pieces, pipeline, token_bytes, load, [](auto... copy) { ptx::tma_load(copy...); });
   }
 }
 
@@ -127,7 +138,7 @@ __device__ void copy_rows(const DecodeParams& params, const Element* from, int64
 // The query warp: bring a block of query rows for every piece of this worker's share, and with it say in work[2] what the
 // piece is; after the last a piece without tiles. `load(stage, token)` starts the copies of the block that begins with this
 // query token, `bytes` in all; `copy(stage, piece)` does the same without the copy engine. Rows past the request's are
-// whatever lies there, and nobody looks at what becomes of them.
+// whatever lies there, and nobody looks at what becomes of them. All lanes arrive at the barrier, as all may have written.
 template <typename Pipeline, typename Load, typename Copy>
 __device__ void bring_queries(const DecodeParams& params, Pieces& pieces, Pipeline& pipeline, Piece* work, int bytes,
                               Load load, Copy copy) {
@@ -143,23 +154,18 @@ __device__ void bring_queries(const DecodeParams& params, Pieces& pieces, Pipeli
       copy(stage, piece);
       ptx::fence_proxy_async();
     }
-    __syncwarp();
-    if (lane == 0) {
-      work[number & 1] = piece;
-      if (params.queries_are_vectors) {
-        ptx::mbarrier_arrive_expect_tx(&pipeline.full[stage], bytes);
-        load(stage, piece.first_token + query_of_row(params, first_row));
-      } else {
-        ptx::mbarrier_arrive(&pipeline.full[stage]);
-      }
+    if (lane == 0) work[number & 1] = piece;
+    if (lane == 0 && params.queries_are_vectors) {
+      ptx::mbarrier_arrive_expect_tx(&pipeline.full[stage], bytes);
+      load(stage, piece.first_token + query_of_row(params, first_row));
+    } else {
+      ptx::mbarrier_arrive(&pipeline.full[stage]);
     }
     ++number;
   }
   pipeline.wait_empty(number);
-  if (lane == 0) {
-    work[number & 1] = {};
-    ptx::mbarrier_arrive(&pipeline.full[pipeline.stage(number)]);
-  }
+  if (lane == 0) work[number & 1] = {};
+  ptx::mbarrier_arrive(&pipeline.full[pipeline.stage(number)]);
 }
 
 // What lies in a tile past the request's last token would meet probability 0, and 0 x NaN is NaN: make it zeros.

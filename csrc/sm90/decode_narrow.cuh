@@ -221,7 +221,8 @@ __global__ void __launch_bounds__(kThreads, 1)
   __syncthreads();
   ptx::let_next_kernel_start();
   run_roles(
-      [&] {
+      [&](int warp) {
+        if (warp > 0) return;
         bring_tiles(params, pieces, shared.tiles, kHeadDim * sizeof(Element),
                     [&](int stage, int tile_row, int page, int page_row, auto tma_load) {
 #pragma unroll

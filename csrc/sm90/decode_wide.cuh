@@ -514,7 +514,7 @@ __global__ void __cluster_dims__(2) __launch_bounds__(kThreads, 1)
   ptx::let_next_kernel_start();
   const int rank = ptx::cluster_rank();
   run_roles(
-      [&] {
+      [&](int warp) {
         bring_tiles(params, pieces, shared.tiles, (kBlockLatent + kBlockRope) * sizeof(Element),
                     [&](int stage, int token, int page, int page_row, auto tma_load) {
                       auto& tile = shared.tile[stage];
@@ -526,7 +526,8 @@ __global__ void __cluster_dims__(2) __launch_bounds__(kThreads, 1)
                                  page, full);
                       }
                       tma_load(&tile.rope[tile_row], &maps.rope, kLatentDim + rank * kBlockRope, page_row, page, full);
-                    });
+                    },
+                    warp, 2);
       },
       [&] {
         bring_queries(

@@ -58,7 +58,7 @@ struct Pipeline {
 
 template <typename Pipeline, typename Load, typename TmaLoad>
 __device__ __forceinline__ void bring_tiles_by(const DecodeParams& params, Pieces& pieces, Pipeline& pipeline,
-                                               int token_bytes, Load load, TmaLoad tma_load) {
+                                               int token_bytes, int first_of_tile, int step, Load load, TmaLoad tma_load) {
   const int lane = threadIdx.x % 32;
   const int shift = params.box_shift, box_tokens = 1 << shift, tile_boxes = kTileTokens >> shift;
   const auto page_index = [&](int box) { return params.boxes_per_page == 1 ? box : box / params.boxes_per_page; };
@@ -85,10 +85,10 @@ __device__ __forceinline__ void bring_tiles_by(const DecodeParams& params, Piece
       const int first = tile * kTileTokens, stage = pipeline.stage(number);
       const int tokens = min(kTileTokens, seq_len - first + box_tokens - 1 >> shift << shift);
       pipeline.wait_empty(number);
-      if (lane == 0) ptx::mbarrier_arrive_expect_tx(&pipeline.full[stage], tokens * token_bytes);
-      for (int row = 0, box = index; row < tokens; row += box_tokens, ++box) {
-        const int box_page = __shfl_sync(~0u, page, box % 32);
-        const int all_boxes = first_box + box, page_box = all_boxes - page_index(all_boxes) * params.boxes_per_page;
+      if (lane == 0 && first_of_tile == 0) ptx::mbarrier_arrive_expect_tx(&pipeline.full[stage], tokens * token_bytes);
+      for (int box = first_of_tile, row = box << shift; row < tokens; box += step, row = box << shift) {
+        const int box_page = __shfl_sync(~0u, page, (index + box) % 32);
+        const int all_boxes = first_box + index + box, page_box = all_boxes - page_index(all_boxes) * params.boxes_per_page;
         if (lane == 0) load(stage, row, box_page, page_box << shift, tma_load);
       }
       __syncwarp();
@@ -96,16 +96,20 @@ __device__ __forceinline__ void bring_tiles_by(const DecodeParams& params, Piece
   }
 }
 
-// The tile warp: bring the tiles of this worker's share, stage after stage, as consumers empty them. `load(stage, token, page,
-// page_row, tma_load)` starts the copies of a box of tokens with that function, `token_bytes` for each of them.
+// A tile warp: bring the tiles of this worker's share, stage after stage, as consumers empty them. `load(stage, token, page,
+// page_row, tma_load)` starts the copies of a box of tokens with that function, `token_bytes` for each of them. With `step`
+// tile warps, each brings every step-th box from its first one on, as to start a copy takes a warp about 100 clocks.
 template <typename Pipeline, typename Load>
-__device__ void bring_tiles(const DecodeParams& params, Pieces& pieces, Pipeline& pipeline, int token_bytes, Load load) {
+__device__ void bring_tiles(const DecodeParams& params, Pieces& pieces, Pipeline& pipeline, int token_bytes, Load load,
+                            int first_of_tile = 0, int step = 1) {
   // Chosen once, because this warp has not the time to choose for every copy. To ask for the usual policy in words, as the
   // other is asked for, takes 5 % longer.
   if (pieces.read_little_once()) {
-    bring_tiles_by(params, pieces, pipeline, token_bytes, load, [](auto... copy) { ptx::tma_load_evict_first(copy...); });
+    bring_tiles_by(params, pieces, pipeline, token_bytes, first_of_tile, step, load,
+                   [](auto... copy) { ptx::tma_load_evict_first(copy...); });
   } else {
-    bring_tiles_by(params, pieces, pipeline, token_bytes, load, [](auto... copy) { ptx::tma_load(copy...); });
+    bring_tiles_by(params, pieces, pipeline, token_bytes, first_of_tile, step, load,
+                   [](auto... copy) { ptx::tma_load(copy...); });
   }
 }
 
@@ -267,7 +271,7 @@ __device__ Shared& shared_memory() {
 
 // Whether a warp brings tiles or queries. These look up the schedule while the pipelines are initialised.
 __device__ __forceinline__ bool brings_something() {
-  return threadIdx.x >= kMathThreads && threadIdx.x < kMathThreads + 64;
+  return threadIdx.x >= kMathThreads && threadIdx.x < kMathThreads + 96;
 }
 
 // Divide the block's threads into their roles. Together they can have at most the registers that the block was started with
@@ -279,9 +283,9 @@ __device__ void run_roles(Tiles tiles, Queries queries, Consume consume) {
     consume();
   } else {
     ptx::setmaxnreg_dec<56>();
-    if (threadIdx.x < kMathThreads + 32) {
-      tiles();
-    } else if (threadIdx.x < kMathThreads + 64) {
+    if (threadIdx.x < kMathThreads + 64) {
+      tiles(threadIdx.x / 32 % 2);
+    } else if (threadIdx.x < kMathThreads + 96) {
       queries();
     }
   }

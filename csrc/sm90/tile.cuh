@@ -98,7 +98,7 @@ __device__ __forceinline__ void bring_tiles_by(const DecodeParams& params, Piece
 
 // A tile warp: bring the tiles of this worker's share, stage after stage, as consumers empty them. `load(stage, token, page,
 // page_row, tma_load)` starts the copies of a box of tokens with that function, `token_bytes` for each of them. With `step`
-// tile warps, each brings every step-th box from its first one on, as to start a copy takes a warp about 100 clocks.
+// tile warps, each brings every step-th box from its first one on, as to start a copy takes a warp about 80 clocks.
 template <typename Pipeline, typename Load>
 __device__ void bring_tiles(const DecodeParams& params, Pieces& pieces, Pipeline& pipeline, int token_bytes, Load load,
                             int first_of_tile = 0, int step = 1) {

@@ -43,7 +43,7 @@ __device__ void consume_narrow(const DecodeParams& params, NarrowShared<Element,
   const int group = ptx::uniform(threadIdx.x / 128), warp = threadIdx.x / 32 % 4, lane = threadIdx.x % 32;
   const int own_row = warp * 16 + lane / 4;                                        // and the row 8 further on
   const auto own_column = [&](int c) { return c / 2 * 8 + lane % 4 * 2 + c % 2; };  // of 0 to kColumns - 1
-  const int own_barrier = kMathBarrier + 1 + group;
+  const int own_barrier = kGroupBarrier + group;
   const float scale_log2 = params.softmax_scale * kLog2E;
 
   const uint32_t probabilities = ptx::shared_address(shared.probabilities[group]);

@@ -21,7 +21,7 @@ namespace mla_backend::sm90 {
 constexpr int kBlockLatent = kLatentDim / 2, kBlockRope = kRopeDim / 2;
 constexpr int kLatentBlocks = kBlockLatent / 64;
 constexpr int kHalfTokens = kTileTokens / 2;
-constexpr int kTurnBarrier = kMathBarrier + 3;  // and the next one: it is warpgroup 0's or 1's turn
+constexpr int kTurnBarrier = kGroupBarrier + 2;  // and the next one: it is warpgroup 0's or 1's turn
 
 template <typename Element, int kRows>
 struct alignas(1024) WideShared {
@@ -49,20 +49,22 @@ struct alignas(1024) WideShared {
   Pipeline<1> queries;
 };
 
-// Scores are sent in 24 bits, because the way from block to block is narrow: four in three words, which hold the upper bytes
-// of the first three and in their lowest byte one of the fourth. So they are right to 2^-15 of themselves, where
-// probabilities, which are made of them, are rounded to 2^-9.
+// Scores are sent rounded to their upper 24 bits, because the way from block to block is narrow: four in three words, of which
+// each holds one, and in its lowest byte a byte of the fourth. A partial score is right to 2^-16 of itself then, and so is a
+// probability times the partial score's size in base e: up to 2^-11, float16's own rounding, for partial scores up to 32.
 __device__ __forceinline__ void pack_scores(uint32_t* packed, const float* score) {
-  const uint32_t last = __float_as_uint(score[3]);
-  packed[0] = __byte_perm(__float_as_uint(score[0]), last, 0x3215);
-  packed[1] = __byte_perm(__float_as_uint(score[1]), last, 0x3216);
-  packed[2] = __byte_perm(__float_as_uint(score[2]), last, 0x3217);
+  constexpr uint32_t kHalf = 0x80;  // of what is dropped
+  const uint32_t last = __float_as_uint(score[3]) + kHalf;
+  packed[0] = __byte_perm(__float_as_uint(score[0]) + kHalf, last, 0x3215);
+  packed[1] = __byte_perm(__float_as_uint(score[1]) + kHalf, last, 0x3216);
+  packed[2] = __byte_perm(__float_as_uint(score[2]) + kHalf, last, 0x3217);
 }
 
+// The lowest bytes must go: what lies there is of another token and another row, and no result may depend on it.
 __device__ __forceinline__ void add_packed_scores(float* score, const uint32_t* packed) {
+  const uint32_t last = __byte_perm(__byte_perm(packed[0], packed[1], 0x0040), packed[2], 0x4100);
 #pragma unroll
-  for (int j = 0; j < 3; ++j) score[j] += __uint_as_float(packed[j]);
-  score[3] += __uint_as_float(__byte_perm(__byte_perm(packed[0], packed[1], 0x0040), packed[2], 0x4100));
+  for (int j = 0; j < 4; ++j) score[j] += __uint_as_float((j < 3 ? packed[j] : last) & ~0xFFu);
 }
 
 template <typename Element, int kRows>
@@ -251,7 +253,7 @@ class WideConsumer {
   __device__ __forceinline__ void start_values(float (&out)[128], const uint32_t (&probability)[16], int tile) {
     auto& latent = shared.tile[ptx::uniform(shared.tiles.stage(number(tile)))].latent;
     if (const int valid = tokens - token(tile); valid < kTileTokens) {
-      clear_rows_from(valid, latent, kMathBarrier + 1 + group, rank * kHalfTokens);
+      clear_rows_from(valid, latent, kGroupBarrier + group, rank * kHalfTokens);
     }
     const ptx::Matrix values(ptx::shared_address(latent), sizeof(ColumnBlock<Element>), 1024);
     ptx::keep(out);
@@ -496,7 +498,7 @@ __global__ void __cluster_dims__(2) __launch_bounds__(kThreads, 1)
   auto& shared = shared_memory<WideShared<Element, kRows>>();
   if (threadIdx.x == 0) {
     maps.prefetch();
-    shared.tiles.initialise(1, kRows / 64);
+    shared.tiles.initialise(2, kRows / 64);
     shared.queries.initialise(32, kMathThreads);
     for (int i = 0; i < 2; ++i) {
       for (int slot = 0; slot < 2; ++slot) {

@@ -71,21 +71,11 @@ __device__ __forceinline__ uint32_t in_block(const void* pointer, int rank) {
   return address;
 }
 
-// Arrives at another block's barrier, to say that this thread has read what it had to; it publishes no writes, which would
-// take a fence of the whole cluster.
-__device__ __forceinline__ void arrive(uint32_t barrier) {
-  asm volatile("mbarrier.arrive.shared::cluster.b64 _, [%0];" ::"r"(barrier) : "memory");
-}
-
 // Stores into another block, in the background: what arrives counts as bytes of that block's mbarrier.
 __device__ __forceinline__ void store_async(uint32_t to, uint4 value, uint32_t barrier) {
   asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.b32 [%0], {%1, %2, %3, %4}, [%5];" ::"r"(to),
                "r"(value.x), "r"(value.y), "r"(value.z), "r"(value.w), "r"(barrier)
                : "memory");
-}
-
-__device__ __forceinline__ void store_async(uint32_t to, float4 value, uint32_t barrier) {
-  store_async(to, reinterpret_cast<const uint4&>(value), barrier);
 }
 
 __device__ __forceinline__ void store_async(uint32_t to, float2 value, uint32_t barrier) {

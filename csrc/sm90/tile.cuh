@@ -6,10 +6,10 @@
 
 namespace mla_backend::sm90 {
 
-// A thread block's threads: two warpgroups do the mathematics; of a third, a warp brings tiles and another one queries.
+// A thread block's threads: two warpgroups do the mathematics; of a third, one or two warps bring tiles and another one queries.
 constexpr int kMathThreads = 256;
 constexpr int kThreads = kMathThreads + 128;
-constexpr int kMathBarrier = 1;  // named barrier of the two mathematics warpgroups
+constexpr int kGroupBarrier = 1;  // and the next one: named barriers of one mathematics warpgroup each
 constexpr float kLog2E = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
 
 // 64 columns of a tile: 64 rows of 128 bytes.
@@ -85,7 +85,9 @@ __device__ __forceinline__ void bring_tiles_by(const DecodeParams& params, Piece
       const int first = tile * kTileTokens, stage = pipeline.stage(number);
       const int tokens = min(kTileTokens, seq_len - first + box_tokens - 1 >> shift << shift);
       pipeline.wait_empty(number);
+      // Both warps arrive, even where one has no box to bring, or it could fall behind by a round of stages.
       if (lane == 0 && first_of_tile == 0) ptx::mbarrier_arrive_expect_tx(&pipeline.full[stage], tokens * token_bytes);
+      if (lane == 0 && first_of_tile > 0) ptx::mbarrier_arrive(&pipeline.full[stage]);
       for (int box = first_of_tile, row = box << shift; row < tokens; box += step, row = box << shift) {
         const int box_page = __shfl_sync(~0u, page, (index + box) % 32);
         const int all_boxes = first_box + index + box, page_box = all_boxes - page_index(all_boxes) * params.boxes_per_page;

@@ -28,7 +28,7 @@ __device__ __forceinline__ int find_owner(const int32_t* starts, int count, int 
 }
 
 constexpr int kLeastShare = 2;  // tiles that a worker gets at least
-constexpr int kFewTiles = 3072;  // 226 MB, four times what the L2 cache holds; with more it gained nothing
+constexpr int kFewTiles = 3072;  // 226 MB, four times what the L2 cache holds; with more it gained nothing or lost
 
 // a / b, in a third of the instructions where a < 2^20: these are cold in the caches when a kernel begins. (a + 1/2) / b is
 // 1 / 2b or more from any whole number, and its error less than that.

@@ -10,6 +10,7 @@ from itertools import pairwise
 import pytest
 
 from mla_backend.bench.contenders import OURS
+from mla_backend.bench.engine import covered
 from mla_backend.bench.main import print_slower
 from mla_backend.bench.measure import Row, Timing
 from mla_backend.bench.report import cliffs, interpolated
@@ -22,6 +23,12 @@ def test_a_floor_is_what_bytes_or_flops_take() -> None:
     assert shape.flops == 2 * 8 * 4096 * 16 * (576 + 512)
     assert shape.floor(shape.bytes, shape.flops / 2) == 2.0
     assert shape.floor(shape.bytes / 3, shape.flops) == 3.0
+
+
+def test_time_in_which_kernels_overlap_counts_once() -> None:
+    assert covered([(5, 6), (0, 2), (1, 3)]) == 4
+    assert covered([(0, 10), (2, 3), (10, 11)]) == 11
+    assert covered([]) == 0
 
 
 def test_random_shapes() -> None:

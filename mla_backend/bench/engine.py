@@ -17,10 +17,11 @@ import statistics
 import tempfile
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from itertools import chain
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -98,7 +99,9 @@ class Row:
         median: time of a step as the engine's caller sees it, so with the work on the CPU.
         fastest: the same for the fastest step.
         slowest: the same for the slowest step.
-        kernels: time on the GPU per step, by kernel; in sum it is more than passes where kernels overlap.
+        gpu: time per step in which the GPU runs a kernel.
+        attention: the same for attention kernels.
+        kernels: time per step of each kernel, in sum more than `gpu` where one starts before the last one ends.
     """
 
     requests: int
@@ -107,18 +110,9 @@ class Row:
     median: float
     fastest: float
     slowest: float
+    gpu: float = math.nan
+    attention: float = math.nan
     kernels: dict[str, float] = field(default_factory=dict)
-
-    @property
-    def gpu(self) -> float:
-        """Time of all kernels per step."""
-        return sum(self.kernels.values())
-
-    @property
-    def attention(self) -> float:
-        """Time of the attention kernels per step."""
-        pattern = re.compile(ATTENTION_KERNELS[self.backend])
-        return sum(time for name, time in self.kernels.items() if pattern.search(name))
 
 
 def start(backend: str, shapes: list[tuple[int, int]]) -> Any:
@@ -188,15 +182,31 @@ def milliseconds(step: Callable[[], None]) -> float:
     return (time.perf_counter() - begin) * 1e3
 
 
-def kernels_of(step: Callable[[], None], trace: Path | None) -> dict[str, float]:
-    """Return the milliseconds per step of each kernel, over a few steps, and write their Chrome trace to `trace`."""
+def covered(spans: Iterable[tuple[float, float]]) -> float:
+    """Return how much of the time the spans, each from its begin to its end, cover together."""
+    total, until = 0.0, -math.inf
+    for begin, end in sorted(spans):
+        total += max(0.0, end - max(begin, until))
+        until = max(until, end)
+    return total
+
+
+def profile_steps(step: Callable[[], None], row: Row, trace: Path | None) -> None:
+    """Fill in what `row` says of the GPU, from a few steps, and write their Chrome trace to `trace`."""
     with profile(activities=[ProfilerActivity.CUDA]) as profiler:
         for _ in range(PROFILED):
             step()
     if trace:
         profiler.export_chrome_trace(str(trace))
-    on_gpu = [event for event in profiler.key_averages() if event.device_type.name == "CUDA"]
-    return {event.key: event.self_device_time_total / 1e3 / PROFILED for event in on_gpu}
+    spans: dict[str, list[tuple[float, float]]] = {}
+    for event in profiler.events() or ():
+        if event.device_type.name == "CUDA":
+            spans.setdefault(event.name, []).append((event.time_range.start, event.time_range.end))
+    per_step = 1e3 * PROFILED  # from microseconds of all steps
+    attention = re.compile(ATTENTION_KERNELS[row.backend])
+    row.gpu = covered(chain(*spans.values())) / per_step
+    row.attention = covered(chain(*(mine for name, mine in spans.items() if attention.search(name)))) / per_step
+    row.kernels = {name: sum(end - begin for begin, end in mine) / per_step for name, mine in spans.items()}
 
 
 def measure(backend: str, shapes: list[tuple[int, int]], traces: Path | None = None) -> list[Row]:
@@ -214,7 +224,7 @@ def measure(backend: str, shapes: list[tuple[int, int]], traces: Path | None = N
         for row in rows:
             trace = traces / f"{backend}-{row.requests}x{row.tokens}.json" if traces else None
             with decoding(engine, row.requests, row.tokens) as step:
-                row.kernels = kernels_of(step, trace)
+                profile_steps(step, row, trace)
         return rows
     except Exception as problem:  # as one that can be sent to another process, which not every error of vLLM's can
         raise RuntimeError(f"{backend}: {type(problem).__name__}: {problem}") from problem

@@ -49,22 +49,22 @@ struct alignas(1024) WideShared {
   Pipeline<1> queries;
 };
 
-// Scores are sent rounded to their upper 24 bits, because the way from block to block is narrow: four in three words, of which
-// each holds one, and in its lowest byte a byte of the fourth. A partial score is right to 2^-16 of itself then, and so is a
-// probability times the partial score's size in base e: up to 2^-11, float16's own rounding, for partial scores up to 32.
+// Of scores the upper 24 bits are sent, because the way from block to block is narrow: four in three words, of which each holds
+// one, and in its lowest byte a byte of the fourth.
 __device__ __forceinline__ void pack_scores(uint32_t* packed, const float* score) {
-  constexpr uint32_t kHalf = 0x80;  // of what is dropped
-  const uint32_t last = __float_as_uint(score[3]) + kHalf;
-  packed[0] = __byte_perm(__float_as_uint(score[0]) + kHalf, last, 0x3215);
-  packed[1] = __byte_perm(__float_as_uint(score[1]) + kHalf, last, 0x3216);
-  packed[2] = __byte_perm(__float_as_uint(score[2]) + kHalf, last, 0x3217);
+  const uint32_t last = __float_as_uint(score[3]);
+  packed[0] = __byte_perm(__float_as_uint(score[0]), last, 0x3215);
+  packed[1] = __byte_perm(__float_as_uint(score[1]), last, 0x3216);
+  packed[2] = __byte_perm(__float_as_uint(score[2]), last, 0x3217);
 }
 
-// The lowest bytes must go: what lies there is of another token and another row, and no result may depend on it.
+// Takes the middle of what the missing byte leaves open, and not the byte that lies there: that is of another token and another
+// row, and no result may depend on it. So a partial score is right to 2^-16 of itself, and a probability to as many times
+// that as the partial score is large: 2^-11, float16's own rounding, for partial scores of 32. NaN stays NaN.
 __device__ __forceinline__ void add_packed_scores(float* score, const uint32_t* packed) {
   const uint32_t last = __byte_perm(__byte_perm(packed[0], packed[1], 0x0040), packed[2], 0x4100);
 #pragma unroll
-  for (int j = 0; j < 4; ++j) score[j] += __uint_as_float((j < 3 ? packed[j] : last) & ~0xFFu);
+  for (int j = 0; j < 4; ++j) score[j] += __uint_as_float(((j < 3 ? packed[j] : last) & ~0xFFu) | 0x80u);
 }
 
 template <typename Element, int kRows>

@@ -353,9 +353,10 @@ class WideConsumer {
       probability[10 + half * 4] = four.z, probability[11 + half * 4] = four.w;
     }
     const float2 their_reference = theirs.reference[thread];
-    const bool unchanged = own_reference[0] == reference[0] && own_reference[1] == reference[1] &&
-                           their_reference.x == reference[0] && their_reference.y == reference[1];
-    if (!__all_sync(~0u, unchanged)) {
+    // References only grow. Rows past the request's may have NaN, which is greater than nothing.
+    const bool changed = own_reference[0] > reference[0] || own_reference[1] > reference[1] ||
+                         their_reference.x > reference[0] || their_reference.y > reference[1];
+    if (__any_sync(~0u, changed)) {
       // Make everything relative to the greater reference, by powers of two.
       float decay[2];
 #pragma unroll
@@ -409,7 +410,7 @@ class WideConsumer {
       const float weight = ptx::exp2(reference[i] - shift);
       sum[i] = sum[i] * weight + their_sum * ptx::exp2(their_reference - shift);
       reference[i] = both;
-      factor[i] = sum[i] > 0 ? weight / sum[i] : 0;
+      factor[i] = sum[i] > 0 ? weight * ptx::reciprocal(sum[i]) : 0;
     }
 #pragma unroll
     for (int j = 0; j < 128; ++j) out[j] *= factor[j / 2 % 2];
@@ -434,6 +435,7 @@ class WideConsumer {
         }
       }
     }
+    ptx::fence_proxy_async();  // the copy engine writes where these threads have written
     shared.queries.release(pieces_done);
     const float one[2] = {1, 1};
     if (group == 0) {

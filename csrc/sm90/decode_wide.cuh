@@ -64,7 +64,7 @@ __device__ __forceinline__ void pack_scores(uint32_t* packed, const float* score
 __device__ __forceinline__ void add_packed_scores(float* score, const uint32_t* packed) {
   const uint32_t last = __byte_perm(__byte_perm(packed[0], packed[1], 0x0040), packed[2], 0x4100);
 #pragma unroll
-  for (int j = 0; j < 4; ++j) score[j] += __uint_as_float(((j < 3 ? packed[j] : last) & ~0xFFu) | 0x80u);
+  for (int j = 0; j < 4; ++j) score[j] += __uint_as_float(__byte_perm(j < 3 ? packed[j] : last, 0x80, 0x3214));
 }
 
 template <typename Element, int kRows>

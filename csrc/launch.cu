@@ -60,7 +60,7 @@ void decode(Kernel kernel, DecodeParams& params, const Cache& cache, CUtensorMap
   params.row_blocks = (params.max_query_len + block_tokens - 1) / block_tokens;
   params.workers = std::max(1, params.multiprocessors / (params.row_blocks * kCluster));
   const int box_tokens = std::min(params.page_size, kTileTokens / kCluster);
-  params.box_shift = box_tokens == 64 ? 6 : box_tokens == 32 ? 5 : 4;
+  params.box_shift = __builtin_ctz(box_tokens);
   params.boxes_per_page = params.page_size >> params.box_shift;
 
   const auto of_cache = [&](int columns) {

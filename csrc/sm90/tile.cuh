@@ -58,7 +58,7 @@ struct Pipeline {
 
 template <typename Pipeline, typename Load, typename TmaLoad>
 __device__ __forceinline__ void bring_tiles_by(const DecodeParams& params, Pieces& pieces, Pipeline& pipeline,
-                                               int token_bytes, int first_of_tile, int step, Load load, TmaLoad tma_load) {
+                                               int token_bytes, int warp, int warps, Load load, TmaLoad tma_load) {
   const int lane = threadIdx.x % 32;
   const int shift = params.box_shift, box_tokens = 1 << shift, tile_boxes = kTileTokens >> shift;
   const auto page_index = [&](int box) { return params.boxes_per_page == 1 ? box : box / params.boxes_per_page; };
@@ -86,9 +86,9 @@ __device__ __forceinline__ void bring_tiles_by(const DecodeParams& params, Piece
       const int tokens = min(kTileTokens, seq_len - first + box_tokens - 1 >> shift << shift);
       pipeline.wait_empty(number);
       // Both warps arrive, even where one has no box to bring, or it could fall behind by a round of stages.
-      if (lane == 0 && first_of_tile == 0) ptx::mbarrier_arrive_expect_tx(&pipeline.full[stage], tokens * token_bytes);
-      if (lane == 0 && first_of_tile > 0) ptx::mbarrier_arrive(&pipeline.full[stage]);
-      for (int box = first_of_tile, row = box << shift; row < tokens; box += step, row = box << shift) {
+      if (lane == 0 && warp == 0) ptx::mbarrier_arrive_expect_tx(&pipeline.full[stage], tokens * token_bytes);
+      if (lane == 0 && warp > 0) ptx::mbarrier_arrive(&pipeline.full[stage]);
+      for (int box = warp, row = box << shift; row < tokens; box += warps, row = box << shift) {
         const int box_page = __shfl_sync(~0u, page, (index + box) % 32);
         const int all_boxes = first_box + index + box, page_box = all_boxes - page_index(all_boxes) * params.boxes_per_page;
         if (lane == 0) load(stage, row, box_page, page_box << shift, tma_load);
@@ -99,18 +99,18 @@ __device__ __forceinline__ void bring_tiles_by(const DecodeParams& params, Piece
 }
 
 // A tile warp: bring the tiles of this worker's share, stage after stage, as consumers empty them. `load(stage, token, page,
-// page_row, tma_load)` starts the copies of a box of tokens with that function, `token_bytes` for each of them. With `step`
-// tile warps, each brings every step-th box from its first one on, as to start a copy takes a warp about 80 clocks.
+// page_row, tma_load)` starts the copies of a box of tokens with that function, `token_bytes` for each of them. This is
+// number `warp` of `warps` tile warps, which bring boxes in turn, as to start a copy takes a warp about 80 clocks.
 template <typename Pipeline, typename Load>
 __device__ void bring_tiles(const DecodeParams& params, Pieces& pieces, Pipeline& pipeline, int token_bytes, Load load,
-                            int first_of_tile = 0, int step = 1) {
+                            int warp = 0, int warps = 1) {
   // Chosen once, because this warp has not the time to choose for every copy. To ask for the usual policy in words, as the
   // other is asked for, takes 5 % longer.
   if (pieces.read_little_once()) {
-    bring_tiles_by(params, pieces, pipeline, token_bytes, first_of_tile, step, load,
+    bring_tiles_by(params, pieces, pipeline, token_bytes, warp, warps, load,
                    [](auto... copy) { ptx::tma_load_evict_first(copy...); });
   } else {
-    bring_tiles_by(params, pieces, pipeline, token_bytes, first_of_tile, step, load,
+    bring_tiles_by(params, pieces, pipeline, token_bytes, warp, warps, load,
                    [](auto... copy) { ptx::tma_load(copy...); });
   }
 }

@@ -3,8 +3,8 @@
 // With few rows the time goes into reading the cache, and padding the rows to 64 would only keep tiles in shared memory
 // for longer. So everything is transposed: scores are tile x queries (64 tokens x N rows), and the output is values x
 // probabilities (512 columns x N rows), with the tile as the first operand both times, K-major and then M-major. (The
-// idea is published as ETAP, arXiv 2506.01969.) Each of the two warpgroups computes all scores, which is cheap, and half
-// of the output's columns, so that they share nothing but the tiles.
+// idea is published as ETAP, arXiv 2506.01969.) Each of the two warpgroups computes the scores over half of the 576 numbers,
+// adds what the other has found over its half, and then computes half of the output's columns.
 #pragma once
 
 #include "tile.cuh"
@@ -16,12 +16,16 @@ constexpr int kGroupBlocks = kLatentDim / 64 / 2;  // blocks of 64 output column
 
 template <typename Element, int kN>
 struct alignas(1024) NarrowShared {
+  static constexpr int kQueryStages = kN == 16 ? 2 : 1;  // what there is room for
   ColumnBlock<Element> tile[2][kColumnBlocks];
-  Element query[2][kColumnBlocks][kN][64];
+  Element query[kQueryStages][kColumnBlocks][kN][64];
   Element probabilities[2][kN][64];  // per warpgroup
+  float4 scores[2][2][kN / 8][128];  // for every other tile, per warpgroup: what it has found over its half
   float exchange[2][4][kN];          // per warpgroup and warp: column maxima, at the end column sums
   Piece work[2];
-  Pipeline<2> tiles, queries;
+  Pipeline<2> tiles;
+  Pipeline<kQueryStages> queries;
+  uint64_t scores_full;
 };
 
 // Over the eight lanes that hold a column of an accumulator.
@@ -51,7 +55,7 @@ __device__ void consume_narrow(const DecodeParams& params, NarrowShared<Element,
   for (int pieces = 0;; ++pieces) {
     const int query_stage = ptx::uniform(shared.queries.stage(pieces));
     shared.queries.wait_full(pieces);
-    const Piece piece = shared.work[query_stage];
+    const Piece piece = shared.work[pieces & 1];
     if (piece.tiles() == 0) break;
     const int queries = piece.queries, seq_len = piece.seq_len;
     const int all_visible = params.causal ? seq_len - queries + 1 : seq_len;
@@ -68,17 +72,31 @@ __device__ void consume_narrow(const DecodeParams& params, NarrowShared<Element,
       shared.tiles.wait_full(number);
 
       float score[kN / 2];
-      const ptx::Matrix keys(ptx::shared_address(tile), 0, 1024), query(ptx::shared_address(shared.query[query_stage]), 0, 1024);
+      // Half of every column block.
+      const ptx::Matrix keys(ptx::shared_address(tile) + group * 64, 0, 1024);
+      const ptx::Matrix query(ptx::shared_address(shared.query[query_stage]) + group * 64, 0, 1024);
       ptx::wgmma_fence();
 #pragma unroll
-      for (int step = 0; step < kHeadDim / 16; ++step) {
-        const uint32_t inner = step % 4 * 32;
-        ptx::wgmma<Element>(score, keys.at(step / 4 * sizeof(ColumnBlock<Element>) + inner),
-                            query.at(step / 4 * sizeof(shared.query[0][0]) + inner), step > 0);
+      for (int step = 0; step < kHeadDim / 32; ++step) {
+        const uint32_t inner = step % 2 * 32;
+        ptx::wgmma<Element>(score, keys.at(step / 2 * sizeof(ColumnBlock<Element>) + inner),
+                            query.at(step / 2 * sizeof(shared.query[0][0]) + inner), step > 0);
       }
       ptx::wgmma_commit();
       ptx::wgmma_wait<0>();
       ptx::keep(score);
+      auto& halves = shared.scores[number & 1];
+#pragma unroll
+      for (int j = 0; j < kN / 8; ++j) {
+        halves[group][j][threadIdx.x % 128] = make_float4(score[j * 4], score[j * 4 + 1], score[j * 4 + 2], score[j * 4 + 3]);
+      }
+      ptx::mbarrier_arrive(&shared.scores_full);
+      ptx::mbarrier_wait(&shared.scores_full, number & 1);
+#pragma unroll
+      for (int j = 0; j < kN / 8; ++j) {
+        const float4 other = halves[1 - group][j][threadIdx.x % 128];
+        score[j * 4] += other.x, score[j * 4 + 1] += other.y, score[j * 4 + 2] += other.z, score[j * 4 + 3] += other.w;
+      }
 
       // score[4 * j + 2 * i + e] is token own_row + 8 * i and query row own_column(2 * j + e).
       if (first + kTileTokens > all_visible) {
@@ -94,53 +112,66 @@ __device__ void consume_narrow(const DecodeParams& params, NarrowShared<Element,
                           own_barrier);
         }
       }
+      // Probabilities relative to the references. Transposed on the way, so that a query row's lie side by side: 8 x 8
+      // matrices of two groups of query rows and two of tokens at a time.
+      float power[kN / 2];
+      const auto weigh = [&] {
 #pragma unroll
-      for (int c = 0; c < kColumns; ++c) {
-        const float tile_peak = column_max(fmaxf(score[c / 2 * 4 + c % 2], score[c / 2 * 4 + 2 + c % 2]));
-        if (lane < 4) shared.exchange[group][warp][own_column(c)] = tile_peak;
+        for (int k = 0; k < kN / 2; ++k) {
+          // A row that has seen no token yet has the reference -inf, and -inf - -inf would be NaN.
+          const float relative_to = reference[k / 4 * 2 + k % 2];
+          power[k] = ptx::exp2(score[k] * scale_log2 - (relative_to == -INFINITY ? 0 : relative_to));
+        }
+#pragma unroll
+        for (int j = 0; j < kN / 8; j += 2) {
+          const int row = (j + lane / 16) * 8 + lane % 8, chunk = warp * 2 + lane / 8 % 2;
+          ptx::stmatrix_x4_trans(probabilities + swizzled_128(row, chunk), pack<Element>(power[j * 4], power[j * 4 + 1]),
+                                 pack<Element>(power[j * 4 + 2], power[j * 4 + 3]),
+                                 pack<Element>(power[j * 4 + 4], power[j * 4 + 5]),
+                                 pack<Element>(power[j * 4 + 6], power[j * 4 + 7]));
+        }
+        ptx::fence_proxy_async();
+      };
+      // First as if the references could stay, which they nearly always can.
+      bool outgrown = t == piece.first_tile;
+      if (!outgrown) {
+        weigh();
+        bool own_outgrown = false;
+#pragma unroll
+        for (int k = 0; k < kN / 2; ++k) {
+          own_outgrown |= power[k] > (reference[k / 4 * 2 + k % 2] == -INFINITY ? 0 : kPatienceFactor);
+        }
+        outgrown = ptx::named_barrier_any<128>(own_barrier, own_outgrown);
       }
-      ptx::named_barrier_sync<128>(own_barrier);
-      float shift[kColumns], decay[kColumns];
-      bool unchanged = true;
+      if (outgrown) {
 #pragma unroll
-      for (int c = 0; c < kColumns; ++c) {
-        float tile_peak = -INFINITY;
+        for (int c = 0; c < kColumns; ++c) {
+          const float tile_peak = column_max(fmaxf(score[c / 2 * 4 + c % 2], score[c / 2 * 4 + 2 + c % 2]));
+          if (lane < 4) shared.exchange[group][warp][own_column(c)] = tile_peak;
+        }
+        ptx::named_barrier_sync<128>(own_barrier);
+        float decay[kColumns];
 #pragma unroll
-        for (int w = 0; w < 4; ++w) tile_peak = fmaxf(tile_peak, shared.exchange[group][w][own_column(c)]);
-        tile_peak *= scale_log2;
-        const float followed = tile_peak - reference[c] > kPatience ? tile_peak : reference[c];
-        // A row that has seen no token yet has the reference -inf, and -inf - -inf would be NaN.
-        shift[c] = followed == -INFINITY ? 0 : followed;
-        decay[c] = ptx::exp2(reference[c] - shift[c]);
-        unchanged &= followed == reference[c];
-        reference[c] = followed;
-        sum[c] *= decay[c];
-      }
+        for (int c = 0; c < kColumns; ++c) {
+          float tile_peak = -INFINITY;
 #pragma unroll
-      for (int k = 0; k < kN / 2; ++k) {
-        const int c = k / 4 * 2 + k % 2;
-        score[k] = ptx::exp2(score[k] * scale_log2 - shift[c]);
-        sum[c] += score[k];
-      }
-      // Transposed on the way, so that a query row's probabilities lie side by side: 8 x 8 matrices of two groups of
-      // query rows and two of tokens at a time.
-#pragma unroll
-      for (int j = 0; j < kN / 8; j += 2) {
-        const int row = (j + lane / 16) * 8 + lane % 8, chunk = warp * 2 + lane / 8 % 2;
-        ptx::stmatrix_x4_trans(probabilities + swizzled_128(row, chunk), pack<Element>(score[j * 4], score[j * 4 + 1]),
-                               pack<Element>(score[j * 4 + 2], score[j * 4 + 3]),
-                               pack<Element>(score[j * 4 + 4], score[j * 4 + 5]),
-                               pack<Element>(score[j * 4 + 6], score[j * 4 + 7]));
-      }
-      ptx::fence_proxy_async();
-      if (!__all_sync(~0u, unchanged)) {
+          for (int w = 0; w < 4; ++w) tile_peak = fmaxf(tile_peak, shared.exchange[group][w][own_column(c)]);
+          tile_peak *= scale_log2;
+          const float followed = tile_peak - reference[c] > kPatience ? tile_peak : reference[c];
+          decay[c] = ptx::exp2(reference[c] - (followed == -INFINITY ? 0 : followed));
+          reference[c] = followed;
+          sum[c] *= decay[c];
+        }
 #pragma unroll
         for (int b = 0; b < kGroupBlocks; ++b) {
 #pragma unroll
           for (int k = 0; k < kN / 2; ++k) out[b][k] *= decay[k / 4 * 2 + k % 2];
         }
+        weigh();
+        ptx::named_barrier_sync<128>(own_barrier);
       }
-      ptx::named_barrier_sync<128>(own_barrier);
+#pragma unroll
+      for (int k = 0; k < kN / 2; ++k) sum[k / 4 * 2 + k % 2] += power[k];
 
 #pragma unroll
       for (int b = 0; b < kGroupBlocks; ++b) ptx::keep(out[b]);
@@ -214,6 +245,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     maps.prefetch();
     shared.tiles.initialise(1, 2);
     shared.queries.initialise(32, kMathThreads);
+    ptx::mbarrier_init(&shared.scores_full, kMathThreads);
     ptx::fence_mbarrier_init();
   }
   Pieces pieces(params);

@@ -126,6 +126,23 @@ __device__ __forceinline__ void named_barrier_sync(int id) {
   asm volatile("bar.sync %0, %1;" ::"r"(id), "n"(kThreads) : "memory");
 }
 
+// The same, and whether the predicate holds for any of the threads.
+template <int kThreads>
+__device__ __forceinline__ bool named_barrier_any(int id, bool predicate) {
+  int any;
+  asm volatile(
+      "{\n"
+      ".reg .pred mine, all;\n"
+      "setp.ne.b32 mine, %2, 0;\n"
+      "barrier.cta.red.or.pred all, %1, %3, mine;\n"
+      "selp.b32 %0, 1, 0, all;\n"
+      "}\n"
+      : "=r"(any)
+      : "r"(id), "r"(static_cast<int>(predicate)), "n"(kThreads)
+      : "memory");
+  return any;
+}
+
 template <int kThreads>
 __device__ __forceinline__ void named_barrier_arrive(int id) {
   asm volatile("bar.arrive %0, %1;" ::"r"(id), "n"(kThreads) : "memory");

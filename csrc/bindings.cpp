@@ -46,8 +46,9 @@ std::string describe(const Numbers& numbers) {
 
 bool starts_at_16_bytes(const Tensor& t) {
   const int64_t elements = 16 / t.element_size();
-  return reinterpret_cast<uintptr_t>(t.const_data_ptr()) % 16 == 0 && t.stride(0) % elements == 0 &&
-         t.stride(1) % elements == 0;
+  const auto strides = t.strides();
+  return reinterpret_cast<uintptr_t>(t.const_data_ptr()) % 16 == 0 &&
+         std::all_of(strides.begin(), strides.end() - 1, [=](int64_t stride) { return stride % elements == 0; });
 }
 
 // Throw unless an argument is what is wanted, saying what it is instead.
@@ -80,20 +81,36 @@ cudaStream_t current_stream(int device) {
   return static_cast<cudaStream_t>(stream);
 }
 
-void plan(const Tensor& seq_lens, Tensor& request_tiles) {
+void check_schedule(const Tensor& shares, const Tensor& splits, const Device& device, int64_t requests) {
+  check("shares", shares, device, ScalarType::Int, {kAny, kShareNumbers});
+  check_contiguous("shares", shares);
+  check_alignment("shares", shares);
+  check("splits", splits, device, ScalarType::Int, {requests + 1});
+}
+
+void check_heads(int64_t heads, const char* of) {
+  STD_TORCH_CHECK(1 <= heads && heads <= kMaxHeads, "mla_decode: ", of, " has ", heads, " heads, wanted 1 to ", kMaxHeads);
+}
+
+int64_t plan(const Tensor& seq_lens, int64_t heads, int64_t max_query_len, bool batch_invariant, Tensor& shares,
+             Tensor& splits) {
   const Device device = seq_lens.device();
   check("seq_lens", seq_lens, device, ScalarType::Int, {kAny});
-  check("request_tiles", request_tiles, device, ScalarType::Int, {seq_lens.size(0) + 1});
+  check_heads(heads, "the schedule");
+  check_schedule(shares, splits, device, seq_lens.size(0));
 
   const torch::stable::accelerator::DeviceGuard guard(device.index());
-  launch_plan(static_cast<const int32_t*>(seq_lens.const_data_ptr()), static_cast<int>(seq_lens.size(0)),
-              static_cast<int32_t*>(request_tiles.mutable_data_ptr()), current_stream(device.index()));
+  return launch_plan(static_cast<const int32_t*>(seq_lens.const_data_ptr()), static_cast<int>(seq_lens.size(0)),
+                     static_cast<int>(heads), static_cast<int>(max_query_len), batch_invariant,
+                     static_cast<int>(shares.size(0)), static_cast<Share*>(shares.mutable_data_ptr()),
+                     static_cast<int32_t*>(splits.mutable_data_ptr()), current_stream(device.index()));
 }
 
 void mla_decode(const Tensor& q_nope, const Tensor& q_pe, const Tensor& kv_cache, const Tensor& block_table,
-                const Tensor& seq_lens, const Tensor& query_start_loc, const Tensor& request_tiles, Tensor& partial_out,
-                Tensor& partial_lse, int64_t max_query_len, int64_t max_seq_len, double softmax_scale, bool causal,
-                bool batch_invariant, const std::optional<Tensor>& kv_scale, Tensor& out, std::optional<Tensor>& lse) {
+                const Tensor& seq_lens, const Tensor& query_start_loc, const Tensor& shares, const Tensor& splits,
+                Tensor& partial_out, Tensor& partial_lse, int64_t planned_heads, int64_t max_query_len, int64_t max_seq_len,
+                double softmax_scale, bool causal, bool batch_invariant, const std::optional<Tensor>& kv_scale, Tensor& out,
+                std::optional<Tensor>& lse) {
   const Device device = q_nope.device();
   const ScalarType type = q_nope.scalar_type();
   STD_TORCH_CHECK(device.is_cuda(), "mla_decode: q_nope is on ", describe(device), ", wanted cuda");
@@ -101,8 +118,9 @@ void mla_decode(const Tensor& q_nope, const Tensor& q_pe, const Tensor& kv_cache
                   ", wanted BFloat16 or Half");
   check("q_nope", q_nope, device, type, {kAny, kAny, kLatentDim});
   const int64_t tokens = q_nope.size(0), heads = q_nope.size(1);
-  STD_TORCH_CHECK(1 <= heads && heads <= kMaxHeads, "mla_decode: q_nope has ", heads, " heads, wanted 1 to ",
-                  kMaxHeads);
+  check_heads(heads, "q_nope");
+  STD_TORCH_CHECK(heads == planned_heads, "mla_decode: q_nope has ", heads, " heads, wanted ", planned_heads,
+                  ", those of the schedule");
   STD_TORCH_CHECK(tokens <= kMaxTokens, "mla_decode: q_nope has ", tokens, " tokens, wanted at most ", kMaxTokens);
   check("q_pe", q_pe, device, type, {tokens, heads, kRopeDim});
   STD_TORCH_CHECK(!kv_scale.has_value(), "mla_decode: kv_scale is given, wanted none");
@@ -115,12 +133,17 @@ void mla_decode(const Tensor& q_nope, const Tensor& q_pe, const Tensor& kv_cache
   const int64_t requests = seq_lens.size(0);
   check("block_table", block_table, device, ScalarType::Int, {requests, kAny});
   check("query_start_loc", query_start_loc, device, ScalarType::Int, {requests + 1});
-  check("request_tiles", request_tiles, device, ScalarType::Int, {requests + 1});
+  check_schedule(shares, splits, device, requests);
   check("partial_lse", partial_lse, device, ScalarType::Float, {kAny, 2, kPartialRows});
   check("partial_out", partial_out, device, ScalarType::Float, {partial_lse.size(0), 2, kPartialRows, kLatentDim});
   check_contiguous("partial_lse", partial_lse);
   check_contiguous("partial_out", partial_out);
   check_alignment("partial_out", partial_out);
+  const int64_t workers = shares.size(0), room = partial_lse.numel();
+  const int64_t rows = partial_rows(static_cast<int>(workers), static_cast<int>(heads), static_cast<int>(max_query_len),
+                                    batch_invariant);
+  STD_TORCH_CHECK(rows <= room, "mla_decode: partial_lse has room for ", room, " query rows, wanted ", rows, " for ", workers,
+                  " shares of ", max_query_len, " query tokens and ", heads, " heads");
   STD_TORCH_CHECK(softmax_scale > 0, "mla_decode: softmax_scale is ", softmax_scale, ", wanted a positive number");
   check("out", out, device, type, {tokens, heads, kLatentDim});
   if (lse.has_value()) check("lse", *lse, device, ScalarType::Float, {tokens, heads});
@@ -137,13 +160,14 @@ void mla_decode(const Tensor& q_nope, const Tensor& q_pe, const Tensor& kv_cache
   params.block_table_stride = block_table.stride(0);
   params.seq_lens = static_cast<const int32_t*>(seq_lens.const_data_ptr());
   params.query_start_loc = static_cast<const int32_t*>(query_start_loc.const_data_ptr());
-  params.request_tiles = static_cast<const int32_t*>(request_tiles.const_data_ptr());
+  params.shares = static_cast<const Share*>(shares.const_data_ptr());
+  params.splits = static_cast<const int32_t*>(splits.const_data_ptr());
   params.tokens = static_cast<int>(tokens), params.heads = static_cast<int>(heads);
   params.heads_reciprocal = static_cast<uint32_t>((0x1'0000'0000 + heads - 1) / heads);
   params.requests = static_cast<int>(requests), params.page_size = static_cast<int>(page_size);
   params.max_query_len = static_cast<int>(max_query_len);
-  params.multiprocessors = static_cast<int>(partial_lse.size(0));
-  params.causal = causal, params.batch_invariant = batch_invariant;
+  params.workers = static_cast<int>(workers);
+  params.causal = causal;
   params.softmax_scale = static_cast<float>(softmax_scale);
   params.out = out.mutable_data_ptr();
   params.out_token_stride = out.stride(0), params.out_head_stride = out.stride(1);
@@ -158,7 +182,7 @@ void mla_decode(const Tensor& q_nope, const Tensor& q_pe, const Tensor& kv_cache
 
   const Cache cache = {kv_cache.const_data_ptr(), kv_cache.size(0), page_stride, token_stride};
   const auto element = type == ScalarType::BFloat16 ? ElementType::kBFloat16 : ElementType::kFloat16;
-  launch_decode(params, cache, element, current_stream(device.index()));
+  launch_decode(params, batch_invariant, cache, element, current_stream(device.index()));
 }
 
 }  // namespace

@@ -12,7 +12,18 @@ constexpr int kMaxHeads = 128;
 constexpr int kMaxTokens = 65535;  // query tokens: thread blocks that a grid can have in its second dimension
 
 constexpr int kTileTokens = 64;   // cached tokens that a thread block handles at a time: the unit of the schedule
-constexpr int kPartialRows = 64;  // query rows (token and head) of a place for partial results
+constexpr int kPartialRows = 64;  // query rows (token and head) that there is room for in a partial result, per multiprocessor
+
+// A worker's share of a step, as the schedule gives it: `tiles` tiles, beginning with tile `first_tile` of request `request`
+// and going on with the next requests'.
+struct alignas(16) Share {
+  int32_t request, first_tile, tiles;
+  int32_t slot;       // of its first partial result; a second one has the next
+  int32_t seq_len;    // of the request that it begins with
+  int32_t all_tiles;  // of the step
+  int32_t unused[2];
+};
+constexpr int kShareNumbers = sizeof(Share) / sizeof(int32_t);
 
 struct DecodeParams {
   // Queries [tokens, heads, 512] and [tokens, heads, 64].
@@ -26,19 +37,20 @@ struct DecodeParams {
   int64_t block_table_stride;
   const int32_t* seq_lens;         // [requests]
   const int32_t* query_start_loc;  // [requests + 1]
-  const int32_t* request_tiles;    // [requests + 1], the schedule: running count of tiles
+  // The schedule: shares [workers], and the running count of the requests' partial results, [requests + 1].
+  const Share* shares;
+  const int32_t* splits;
 
   int tokens, heads, requests, page_size;
   uint32_t heads_reciprocal;  // 2^32 / heads, rounded up
   int max_query_len;          // query tokens that a request may have
-  int multiprocessors;        // that there are places for partial results for
-  // Set with the choice of the kernel: a request's query rows (token and head) are handled in blocks of whole tokens, and
-  // each of them by workers (thread blocks, or clusters of them) that share the tiles.
-  int block_rows, row_blocks, workers;
+  int workers;                // thread blocks, or clusters of them, that share the tiles
+  // Set with the choice of the kernel: a request's query rows (token and head) are handled in blocks of whole tokens, each of
+  // them by all workers.
+  int block_rows, row_blocks;
   int box_shift;       // the copy engine brings 2^box_shift tokens of a page at a time,
   int boxes_per_page;  // so many times
   bool causal;
-  bool batch_invariant;  // no request is split, and one kernel serves all query lengths
   float softmax_scale;
 
   // Output [tokens, heads, 512], contiguous in the last dimension.
@@ -48,8 +60,8 @@ struct DecodeParams {
   float* lse;  // [tokens, heads] or null
   int64_t lse_token_stride, lse_head_stride;
 
-  // Results of requests that several workers share: [row_blocks, workers, 2, block_rows, 512] normalised, and the base-2
-  // logarithm of their denominators [row_blocks, workers, 2, block_rows]. There is room for [multiprocessors, 2, 64].
+  // Results of requests that several workers share: [slots, row_blocks, block_rows, 512] normalised, and the base-2 logarithm
+  // of their denominators [slots, row_blocks, block_rows].
   float* partial_out;
   float* partial_lse;
 };

@@ -52,32 +52,60 @@ CUtensorMap encode(CUtensorMapDataType type, const void* data, int64_t columns, 
   return map;
 }
 
-// Launch a decode kernel whose workers are clusters of kCluster thread blocks and handle kRows query rows each.
-template <typename Shared, int kRows, int kCluster, typename Kernel>
-void decode(Kernel kernel, DecodeParams& params, const Cache& cache, CUtensorMapDataType type, cudaStream_t stream) {
-  const int block_tokens = std::min(kRows / params.heads, params.max_query_len);
-  params.block_rows = block_tokens * params.heads;
-  params.row_blocks = (params.max_query_len + block_tokens - 1) / block_tokens;
-  params.workers = std::max(1, params.multiprocessors / (params.row_blocks * kCluster));
-  const int box_tokens = std::min(params.page_size, kTileTokens / kCluster);
-  params.box_shift = __builtin_ctz(box_tokens);
-  params.boxes_per_page = params.page_size >> params.box_shift;
+// The decode kernels, and what each means for the schedule: how many query rows of a request a worker attends at a time, how many
+// thread blocks a worker is, and how many tiles make a share worth a partial result. One request of 4096 tokens takes 12.4 us in
+// shares of one tile and 13.2 in shares of two with 16 heads, and 24.6 and 21.6 with 128.
+enum class Kernel { kNarrow16, kNarrow32, kWide64, kWide128 };
 
+struct Choice {
+  Kernel kernel;
+  int rows, cluster, least_share;
+};
+
+constexpr Choice kChoices[] = {
+    // Few rows: bytes decide, and padding rows to 64 would only keep tiles in shared memory for longer.
+    {Kernel::kNarrow16, 16, 1, 1},
+    {Kernel::kNarrow32, 32, 1, 1},
+    // A thread block has registers for the results of 64 rows and half of the columns.
+    {Kernel::kWide64, 64, 2, 2},
+    {Kernel::kWide128, 128, 2, 2},
+};
+
+// How a request's query rows are handled: by which kernel, in how many blocks of how many tokens.
+struct Blocks {
+  Choice choice;
+  int tokens, count;
+
+  // The narrowest kernel that takes all rows at once, or the widest. A batch-invariant step takes that always, because the
+  // query lengths of other requests may not choose.
+  Blocks(int heads, int max_query_len, bool batch_invariant) {
+    const int queries = std::max(1, max_query_len), rows = batch_invariant ? kMaxHeads : heads * queries;
+    const auto takes_all = [=](const Choice& choice) { return rows <= choice.rows; };
+    choice = *std::find_if(std::begin(kChoices), std::end(kChoices) - 1, takes_all);
+    tokens = std::min(choice.rows / heads, queries);
+    count = (queries + tokens - 1) / tokens;
+  }
+};
+
+template <typename Shared, typename Kernel>
+void decode(Kernel kernel, const Choice& choice, const DecodeParams& params, const Cache& cache, CUtensorMapDataType type,
+            cudaStream_t stream) {
+  const int box_tokens = 1 << params.box_shift;
   const auto of_cache = [&](int columns) {
     return encode(type, cache.data, kHeadDim, params.page_size, cache.pages, cache.token_stride, cache.page_stride, columns,
                   box_tokens, 1);
   };
   const auto of_queries = [&](const void* data, int columns, int64_t token_stride, int64_t head_stride, int box_columns) {
     return encode(type, data, columns, params.heads, params.tokens, head_stride, token_stride, box_columns, params.heads,
-                  block_tokens);
+                  params.block_rows / params.heads);
   };
-  constexpr int kRopeColumns = kRopeDim / kCluster;
+  const int rope_columns = kRopeDim / choice.cluster;
   sm90::TensorMaps maps = {};
   maps.latent = of_cache(64);
-  maps.rope = kRopeColumns == 64 ? maps.latent : of_cache(kRopeColumns);
+  maps.rope = rope_columns == 64 ? maps.latent : of_cache(rope_columns);
   if (params.queries_are_vectors) {
     maps.latent_query = of_queries(params.q_nope, kLatentDim, params.q_nope_token_stride, params.q_nope_head_stride, 64);
-    maps.rope_query = of_queries(params.q_pe, kRopeDim, params.q_pe_token_stride, params.q_pe_head_stride, kRopeColumns);
+    maps.rope_query = of_queries(params.q_pe, kRopeDim, params.q_pe_token_stride, params.q_pe_head_stride, rope_columns);
   }
 
   constexpr size_t kSharedBytes = sizeof(Shared);
@@ -85,7 +113,7 @@ void decode(Kernel kernel, DecodeParams& params, const Cache& cache, CUtensorMap
   // Per device and cheap, so it is simply asked for each time.
   check("shared memory for the decode kernel",
         cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes));
-  kernel<<<dim3(params.workers * kCluster, params.row_blocks), sm90::kThreads, kSharedBytes, stream>>>(params, maps);
+  kernel<<<dim3(params.workers * choice.cluster, params.row_blocks), sm90::kThreads, kSharedBytes, stream>>>(params, maps);
   check("decode kernel", cudaGetLastError());
 }
 
@@ -105,17 +133,26 @@ void combine(const DecodeParams& params, cudaStream_t stream) {
 }
 
 template <typename Element>
-void launch(DecodeParams params, const Cache& cache, CUtensorMapDataType type, cudaStream_t stream) {
+void launch(DecodeParams params, const Blocks& blocks, const Cache& cache, CUtensorMapDataType type, cudaStream_t stream) {
   using namespace sm90;
   params.max_query_len = std::max(1, params.max_query_len);
-  if (const int rows = params.batch_invariant ? 128 : params.max_query_len * params.heads; rows <= 16) {
-    decode<NarrowShared<Element, 16>, 16, 1>(decode_narrow_kernel<Element, 16>, params, cache, type, stream);
-  } else if (rows <= 32) {
-    decode<NarrowShared<Element, 32>, 32, 1>(decode_narrow_kernel<Element, 32>, params, cache, type, stream);
-  } else if (rows <= 64) {
-    decode<WideShared<Element, 64>, 64, 2>(decode_wide_kernel<Element, 64>, params, cache, type, stream);
-  } else {
-    decode<WideShared<Element, 128>, 128, 2>(decode_wide_kernel<Element, 128>, params, cache, type, stream);
+  params.block_rows = blocks.tokens * params.heads;
+  params.row_blocks = blocks.count;
+  params.box_shift = __builtin_ctz(std::min(params.page_size, kTileTokens / blocks.choice.cluster));
+  params.boxes_per_page = params.page_size >> params.box_shift;
+  switch (blocks.choice.kernel) {
+    case Kernel::kNarrow16:
+      decode<NarrowShared<Element, 16>>(decode_narrow_kernel<Element, 16>, blocks.choice, params, cache, type, stream);
+      break;
+    case Kernel::kNarrow32:
+      decode<NarrowShared<Element, 32>>(decode_narrow_kernel<Element, 32>, blocks.choice, params, cache, type, stream);
+      break;
+    case Kernel::kWide64:
+      decode<WideShared<Element, 64>>(decode_wide_kernel<Element, 64>, blocks.choice, params, cache, type, stream);
+      break;
+    case Kernel::kWide128:
+      decode<WideShared<Element, 128>>(decode_wide_kernel<Element, 128>, blocks.choice, params, cache, type, stream);
+      break;
   }
   const int64_t all_rows = static_cast<int64_t>(params.tokens) * params.heads;
   if (all_rows < kSomeRows) {
@@ -129,17 +166,28 @@ void launch(DecodeParams params, const Cache& cache, CUtensorMapDataType type, c
 
 }  // namespace
 
-void launch_decode(const DecodeParams& params, const Cache& cache, ElementType type, cudaStream_t stream) {
+void launch_decode(const DecodeParams& params, bool batch_invariant, const Cache& cache, ElementType type, cudaStream_t stream) {
+  const Blocks blocks(params.heads, params.max_query_len, batch_invariant);
   if (type == ElementType::kBFloat16) {
-    launch<__nv_bfloat16>(params, cache, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, stream);
+    launch<__nv_bfloat16>(params, blocks, cache, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, stream);
   } else {
-    launch<__half>(params, cache, CU_TENSOR_MAP_DATA_TYPE_FLOAT16, stream);
+    launch<__half>(params, blocks, cache, CU_TENSOR_MAP_DATA_TYPE_FLOAT16, stream);
   }
 }
 
-void launch_plan(const int32_t* seq_lens, int requests, int32_t* request_tiles, cudaStream_t stream) {
-  sm90::plan_kernel<<<1, sm90::kPlanThreads, 0, stream>>>(seq_lens, requests, request_tiles);
+int64_t partial_rows(int workers, int heads, int max_query_len, bool batch_invariant) {
+  const Blocks blocks(heads, max_query_len, batch_invariant);
+  return int64_t{2} * workers * blocks.count * blocks.tokens * heads;
+}
+
+int launch_plan(const int32_t* seq_lens, int requests, int heads, int max_query_len, bool batch_invariant, int multiprocessors,
+                Share* shares, int32_t* splits, cudaStream_t stream) {
+  const Blocks blocks(heads, max_query_len, batch_invariant);
+  const int workers = std::max(1, std::min(multiprocessors, sm90::kPlanThreads) / (blocks.count * blocks.choice.cluster));
+  const auto kernel = batch_invariant ? sm90::plan_kernel<true> : sm90::plan_kernel<false>;
+  kernel<<<1, sm90::kPlanThreads, 0, stream>>>(seq_lens, requests, workers, blocks.choice.least_share, shares, splits);
   check("plan kernel", cudaGetLastError());
+  return workers;
 }
 
 }  // namespace mla_backend

@@ -19,9 +19,14 @@ struct Cache {
 
 // Launch one decode call. `params` need not say how rows are divided: that follows from the choice of the kernel. Throws
 // std::runtime_error with what CUDA said.
-void launch_decode(const DecodeParams& params, const Cache& cache, ElementType type, cudaStream_t stream);
+void launch_decode(const DecodeParams& params, bool batch_invariant, const Cache& cache, ElementType type, cudaStream_t stream);
 
-// Write the running count of tiles, request_tiles [requests + 1], of seq_lens [requests].
-void launch_plan(const int32_t* seq_lens, int requests, int32_t* request_tiles, cudaStream_t stream);
+// The query rows that there must be room for in partial results.
+int64_t partial_rows(int workers, int heads, int max_query_len, bool batch_invariant);
+
+// Write the schedule for seq_lens [requests]: shares [multiprocessors], of which it returns how many are workers', and splits
+// [requests + 1].
+int launch_plan(const int32_t* seq_lens, int requests, int heads, int max_query_len, bool batch_invariant, int multiprocessors,
+                Share* shares, int32_t* splits, cudaStream_t stream);
 
 }  // namespace mla_backend

@@ -16,6 +16,7 @@ from mla_backend.dimensions import (
     MAX_TOKENS,
     PARTIAL_ROWS,
     QK_ROPE_HEAD_DIM,
+    SHARE_NUMBERS,
     TILE_TOKENS,
 )
 
@@ -31,9 +32,11 @@ def check_arguments(
     block_table: torch.Tensor,
     seq_lens: torch.Tensor,
     query_start_loc: torch.Tensor,
-    request_tiles: torch.Tensor,
+    shares: torch.Tensor,
+    splits: torch.Tensor,
     partial_out: torch.Tensor,
     partial_lse: torch.Tensor,
+    planned_heads: int,
     max_query_len: int,
     max_seq_len: int,
     softmax_scale: float,
@@ -55,6 +58,11 @@ def check_arguments(
     tokens, heads, _ = q_nope.shape
     if not 1 <= heads <= MAX_HEADS:
         raise _wrong_shape("q_nope", q_nope, ("tokens", f"1 to {MAX_HEADS} heads", KV_LORA_RANK))
+    if heads != planned_heads:
+        raise ValueError(
+            f"mla_decode: schedule was made for {planned_heads} heads, but q_nope has {heads}; "
+            f"make it with DecodeSchedule.plan(..., heads={heads})."
+        )
     _check("q_pe", q_pe, (tokens, heads, QK_ROPE_HEAD_DIM), dtype, device)
 
     if kv_cache.dtype not in (dtype, QUANTIZED_DTYPE):
@@ -75,18 +83,20 @@ def check_arguments(
     requests = seq_lens.shape[0]
     _check("block_table", block_table, (requests, "max_pages"), torch.int32, device)
     _check("query_start_loc", query_start_loc, (requests + 1,), torch.int32, device)
-    if request_tiles.numel() != requests + 1:
+    if splits.numel() != requests + 1:
         raise ValueError(
-            f"mla_decode: schedule was made for {request_tiles.numel() - 1} requests, but seq_lens has {requests}; "
+            f"mla_decode: schedule was made for {splits.numel() - 1} requests, but seq_lens has {requests}; "
             f"make it with DecodeSchedule.plan(seq_lens, ...)."
         )
-    _check("schedule.request_tiles", request_tiles, (requests + 1,), torch.int32, device)
+    _check("schedule.splits", splits, (requests + 1,), torch.int32, device)
+    _check("schedule.shares", shares, ("workers", SHARE_NUMBERS), torch.int32, device)
     _check("schedule.buffers.partial_lse", partial_lse, ("workers", 2, PARTIAL_ROWS), torch.float32, device)
     parts = (partial_lse.shape[0], 2, PARTIAL_ROWS, KV_LORA_RANK)
     _check("schedule.buffers.partial_out", partial_out, parts, torch.float32, device)
-    for name, tensor in {"partial_lse": partial_lse, "partial_out": partial_out}.items():
+    contiguous = {"shares": shares, "buffers.partial_lse": partial_lse, "buffers.partial_out": partial_out}
+    for name, tensor in contiguous.items():
         if not tensor.is_contiguous():
-            raise _wrong_strides(f"schedule.buffers.{name}", tensor, "it must be contiguous")
+            raise _wrong_strides(f"schedule.{name}", tensor, "it must be contiguous")
 
     if not softmax_scale > 0:
         raise ValueError(f"mla_decode: softmax_scale is {softmax_scale}, wanted a positive number.")
@@ -95,7 +105,9 @@ def check_arguments(
         _check("lse", lse, (tokens, heads), torch.float32, device)
 
 
-def check_compiled(q_nope: torch.Tensor, kv_cache: torch.Tensor, partial_out: torch.Tensor) -> None:
+def check_compiled(
+    q_nope: torch.Tensor, kv_cache: torch.Tensor, shares: torch.Tensor, partial_out: torch.Tensor
+) -> None:
     """Check what the compiled kernels ask beyond `check_arguments`.
 
     Raises:
@@ -110,7 +122,8 @@ def check_compiled(q_nope: torch.Tensor, kv_cache: torch.Tensor, partial_out: to
     if kv_cache.shape[1] not in (16, 32) and kv_cache.shape[1] % TILE_TOKENS:
         wanted = ("pages", f"16, 32 or a multiple of {TILE_TOKENS} on a GPU", HEAD_DIM)
         raise _wrong_shape("kv_cache", kv_cache, wanted)
-    for name, tensor in {"kv_cache": kv_cache, "schedule.buffers.partial_out": partial_out}.items():
+    aligned = {"kv_cache": kv_cache, "schedule.shares": shares, "schedule.buffers.partial_out": partial_out}
+    for name, tensor in aligned.items():
         starts = (tensor.data_ptr(), *(stride * tensor.element_size() for stride in tensor.stride()[:-1]))
         if any(start % 16 for start in starts):
             raise _wrong_strides(

@@ -77,7 +77,7 @@ def mla_decode(
         seq_lens: [requests] int32 cached tokens per request, this step's included; 0 is allowed.
         query_start_loc: [requests + 1] int32; request r owns rows query_start_loc[r]:query_start_loc[r + 1].
         softmax_scale: factor on the scores, before the softmax; positive.
-        schedule: of this step, made from the same `seq_lens`.
+        schedule: of this step, made from the same `seq_lens` and for as many heads.
         causal: see above.
         kv_scale: one fp32 number, the factor from a float8 cache's numbers to their true values.
         out: [tokens, heads, 512] of the queries' dtype, written to. Allocated by default.
@@ -103,9 +103,11 @@ def mla_decode(
         block_table,
         seq_lens,
         query_start_loc,
-        schedule.request_tiles,
+        schedule.shares,
+        schedule.splits,
         schedule.buffers.partial_out,
         schedule.buffers.partial_lse,
+        schedule.heads,
         schedule.max_query_len,
         schedule.max_seq_len,
         softmax_scale,
@@ -121,6 +123,6 @@ def mla_decode(
         # The only type that the compiled kernels can raise. If an argument is wrong, these raise the promised one.
         check_arguments(*arguments)
         if q_nope.is_cuda and has_compiled_kernels():
-            check_compiled(q_nope, kv_cache, schedule.buffers.partial_out)
+            check_compiled(q_nope, kv_cache, schedule.shares, schedule.buffers.partial_out)
         raise
     return out if lse is None else (out, lse)

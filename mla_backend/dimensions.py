@@ -18,3 +18,6 @@ TILE_TOKENS = 64
 
 PARTIAL_ROWS = 64
 """Query rows (token and head) of a place for partial results, of which every multiprocessor has two."""
+
+SHARE_NUMBERS = 8
+"""What the schedule says of a worker's share, as so many int32."""

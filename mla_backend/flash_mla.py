@@ -12,11 +12,8 @@ from __future__ import annotations
 import torch
 
 from mla_backend.decode import mla_decode
-from mla_backend.dimensions import HEAD_DIM, KV_LORA_RANK
+from mla_backend.dimensions import HEAD_DIM, KV_LORA_RANK, MAX_HEADS, PARTIAL_ROWS
 from mla_backend.schedule import DecodeSchedule, ScheduleBuffers
-
-METADATA_COLUMNS = 8
-"""Width of flash_mla's tile scheduler metadata."""
 
 
 def get_mla_metadata(
@@ -30,13 +27,13 @@ def get_mla_metadata(
         num_heads_k: key heads.
 
     Returns:
-        tile_scheduler_metadata, [workers, 8] int32, and num_splits, [batch + 1] int32. Their contents are the plan of
-        this package, and only of use to it.
+        tile_scheduler_metadata, [workers, 8] int32, and num_splits, [batch + 1] int32: `shares` and `splits` of a
+        `DecodeSchedule`, and only of use to this package.
     """
-    schedule = DecodeSchedule.plan(cache_seqlens, max_query_len=0, max_seq_len=0)
-    workers = schedule.buffers.partial_lse.shape[0]
-    metadata = torch.zeros(workers, METADATA_COLUMNS, dtype=torch.int32, device=cache_seqlens.device)
-    return metadata, schedule.request_tiles
+    queries = -(-num_heads_per_head_k // MAX_HEADS)
+    heads = min(num_heads_per_head_k, MAX_HEADS)
+    schedule = DecodeSchedule.plan(cache_seqlens, heads=heads, max_query_len=queries, max_seq_len=0)
+    return schedule.shares, schedule.splits
 
 
 def flash_mla_with_kvcache(
@@ -76,12 +73,22 @@ def flash_mla_with_kvcache(
             f"flash_mla_with_kvcache: q has {heads} heads of {head_dim}, k_cache {heads_k}, head_dim_v is "
             f"{head_dim_v}; wanted heads of {HEAD_DIM}, a multiple of k_cache's, and head_dim_v {KV_LORA_RANK}."
         )
-    buffers = ScheduleBuffers.allocate(0, q.device)
-    schedule = DecodeSchedule(num_splits, buffers, queries, block_table.shape[1] * k_cache.shape[1])
+    group = heads // heads_k
+    # Blocks of query rows are whole tokens, so that of several blocks none need be full.
+    one_block = queries * group <= MAX_HEADS
+    most_rows = queries * group if one_block else -(-queries // max(1, MAX_HEADS // group)) * MAX_HEADS
+    places = -(-tile_scheduler_metadata.shape[0] * most_rows // PARTIAL_ROWS)
+    buffers = ScheduleBuffers(
+        tile_scheduler_metadata,
+        num_splits,
+        partial_out=q.new_empty(places, 2, PARTIAL_ROWS, KV_LORA_RANK, dtype=torch.float32),
+        partial_lse=q.new_empty(places, 2, PARTIAL_ROWS, dtype=torch.float32),
+    )
+    max_seq_len = block_table.shape[1] * k_cache.shape[1]
+    schedule = DecodeSchedule(tile_scheduler_metadata, num_splits, buffers, group, queries, max_seq_len)
     starts = torch.arange(batch + 1, dtype=torch.int32, device=q.device) * queries
     out = q.new_empty(batch, queries, heads, KV_LORA_RANK)
     lse = q.new_empty(batch, queries, heads, dtype=torch.float32)
-    group = heads // heads_k
     for head_k in range(heads_k):
         mine = slice(head_k * group, (head_k + 1) * group)
         rows = q[:, :, mine].flatten(0, 1)

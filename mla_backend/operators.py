@@ -12,7 +12,6 @@ from typing import Any
 import torch
 
 from mla_backend.arguments import check_arguments
-from mla_backend.dimensions import TILE_TOKENS
 from mla_backend.reference import mla_decode_reference
 
 LIBRARY = Path(__file__).parent / "_kernels.so"
@@ -20,31 +19,34 @@ LIBRARY = Path(__file__).parent / "_kernels.so"
 _library = torch.library.Library("mla_backend", "DEF")
 _library.define(
     "mla_decode(Tensor q_nope, Tensor q_pe, Tensor kv_cache, Tensor block_table, Tensor seq_lens,"
-    " Tensor query_start_loc, Tensor request_tiles, Tensor(c!) partial_out, Tensor(d!) partial_lse,"
-    " SymInt max_query_len, SymInt max_seq_len, float softmax_scale, bool causal,"
+    " Tensor query_start_loc, Tensor shares, Tensor splits, Tensor(c!) partial_out, Tensor(d!) partial_lse,"
+    " SymInt planned_heads, SymInt max_query_len, SymInt max_seq_len, float softmax_scale, bool causal,"
     " bool batch_invariant, Tensor? kv_scale, Tensor(a!) out, Tensor(b!)? lse) -> ()",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
-_library.define("plan(Tensor seq_lens, Tensor(a!) request_tiles) -> ()", tags=(torch.Tag.pt2_compliant_tag,))
+_library.define(
+    "plan(Tensor seq_lens, SymInt heads, SymInt max_query_len, bool batch_invariant, Tensor(a!) shares,"
+    " Tensor(b!) splits) -> SymInt",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
 
 
 @torch.library.impl(_library, "mla_decode", "CompositeExplicitAutograd")
 def _mla_decode(*arguments: Any) -> None:
     check_arguments(*arguments)
     # The reference is not divided among workers: it takes all but the schedule and its buffers.
-    mla_decode_reference(*arguments[:6], *arguments[9:13], *arguments[14:])
+    mla_decode_reference(*arguments[:6], *arguments[11:15], *arguments[16:])
 
 
 @torch.library.impl(_library, "plan", "CompositeExplicitAutograd")
-def _plan(seq_lens: torch.Tensor, request_tiles: torch.Tensor) -> None:
-    request_tiles[0] = 0
-    torch.cumsum((seq_lens - 1) // TILE_TOKENS + 1, 0, dtype=torch.int32, out=request_tiles[1:])
+def _plan(*arguments: Any) -> int:
+    return 0  # workers: nothing is divided
 
 
 # The operators return nothing and write into what they are given, so there are no shapes to tell of tensors without
 # data; but what is wrong with theirs is said as early as a graph is traced.
 torch.library.register_fake("mla_backend::mla_decode", check_arguments, lib=_library)
-torch.library.register_fake("mla_backend::plan", lambda seq_lens, request_tiles: None, lib=_library)
+torch.library.register_fake("mla_backend::plan", _plan, lib=_library)
 
 
 def has_compiled_kernels() -> bool:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from mla_backend.dimensions import KV_LORA_RANK, PARTIAL_ROWS
+from mla_backend.dimensions import KV_LORA_RANK, PARTIAL_ROWS, SHARE_NUMBERS
 
 
 @dataclass(frozen=True)
@@ -14,12 +14,14 @@ class ScheduleBuffers:
     """Memory for the schedules of up to `max_requests` requests, at addresses that never change.
 
     Attributes:
-        request_tiles: [max_requests + 1] int32, see `DecodeSchedule`.
+        shares: [multiprocessors, 8] int32, see `DecodeSchedule`.
+        splits: [max_requests + 1] int32, see `DecodeSchedule`.
         partial_out: [multiprocessors, 2, 64, 512] fp32: a worker may hold a part of its first request and of its last.
         partial_lse: [multiprocessors, 2, 64] fp32, the base-2 logarithm of the parts' softmax denominators.
     """
 
-    request_tiles: torch.Tensor
+    shares: torch.Tensor
+    splits: torch.Tensor
     partial_out: torch.Tensor
     partial_lse: torch.Tensor
 
@@ -28,36 +30,41 @@ class ScheduleBuffers:
         """Allocate for `max_requests` requests; the CPU splits nothing and needs no partial results."""
         multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 0
         return cls(
-            request_tiles=torch.zeros(max_requests + 1, dtype=torch.int32, device=device),
+            shares=torch.zeros(multiprocessors, SHARE_NUMBERS, dtype=torch.int32, device=device),
+            splits=torch.zeros(max_requests + 1, dtype=torch.int32, device=device),
             partial_out=torch.empty(multiprocessors, 2, PARTIAL_ROWS, KV_LORA_RANK, dtype=torch.float32, device=device),
             partial_lse=torch.empty(multiprocessors, 2, PARTIAL_ROWS, dtype=torch.float32, device=device),
         )
 
     @property
     def max_requests(self) -> int:
-        return self.request_tiles.shape[0] - 1
+        return self.splits.shape[0] - 1
 
 
 @dataclass(frozen=True)
 class DecodeSchedule:
     """The work of one decode step, divided evenly; computed once per step and reused by every layer.
 
-    Lay the tiles of all requests end to end: request `r` owns tiles `request_tiles[r]:request_tiles[r + 1]`, each of
-    `TILE_TOKENS` cached tokens. The kernel's workers, one or two multiprocessors each, divide the sum into nearly equal
-    shares, in the order of the tiles (csrc/sm90/work.cuh says how). A worker may so cross from one request into the
-    next, and a request may be split over several workers, whose partial results are combined.
+    Lay the tiles of all requests end to end, each of `TILE_TOKENS` cached tokens. The kernel's workers, one or two
+    multiprocessors each, divide the sum into nearly equal shares, in the order of the tiles (csrc/sm90/plan.cuh says
+    how). A worker may so cross from one request into the next, and a request may be split over several workers, whose
+    partial results are combined. The CPU has no workers.
 
     Attributes:
-        request_tiles: [requests + 1] int32, on the device of the cache.
-        buffers: where `request_tiles` and the partial results lie.
+        shares: [workers, 8] int32, on the device of the cache: what each worker does (`Share` in csrc/decode.h).
+        splits: [requests + 1] int32, running count of the requests' partial results.
+        buffers: where `shares`, `splits` and the partial results lie.
+        heads: query heads, known to the host.
         max_query_len: upper bound on a request's query tokens, known to the host.
         max_seq_len: upper bound on a request's cached tokens, known to the host.
         batch_invariant: no request is split, and one kernel serves all query lengths, so that a request's results do
             not depend on what else is in the batch. Slower where there are fewer requests than workers.
     """
 
-    request_tiles: torch.Tensor
+    shares: torch.Tensor
+    splits: torch.Tensor
     buffers: ScheduleBuffers
+    heads: int
     max_query_len: int
     max_seq_len: int
     batch_invariant: bool = False
@@ -67,6 +74,7 @@ class DecodeSchedule:
         cls,
         seq_lens: torch.Tensor,
         *,
+        heads: int,
         max_query_len: int,
         max_seq_len: int,
         batch_invariant: bool = False,
@@ -76,6 +84,7 @@ class DecodeSchedule:
 
         Args:
             seq_lens: [requests] int32, cached tokens per request.
+            heads: query heads, 1 to 128.
             max_query_len: upper bound on a request's query tokens.
             max_seq_len: upper bound on `seq_lens`.
             batch_invariant: see `DecodeSchedule`.
@@ -84,7 +93,8 @@ class DecodeSchedule:
 
         Raises:
             ValueError: there are more requests than `buffers` has room for.
-            RuntimeError: `seq_lens` is no int32 tensor, where the compiled kernels make the schedule.
+            RuntimeError: `seq_lens` is no int32 tensor, or there are no such numbers of heads, where the compiled
+                kernels make the schedule.
         """
         requests = seq_lens.shape[0]
         if buffers is None:
@@ -94,6 +104,7 @@ class DecodeSchedule:
                 f"DecodeSchedule.plan: {requests} requests, but the buffers have room for {buffers.max_requests}; "
                 f"allocate them with ScheduleBuffers.allocate(max_requests={requests}, ...)."
             )
-        request_tiles = buffers.request_tiles[: requests + 1]
-        torch.ops.mla_backend.plan(seq_lens, request_tiles)
-        return cls(request_tiles, buffers, max_query_len, max_seq_len, batch_invariant)
+        splits = buffers.splits[: requests + 1]
+        workers = torch.ops.mla_backend.plan(seq_lens, heads, max_query_len, batch_invariant, buffers.shares, splits)
+        shares = buffers.shares[:workers]
+        return cls(shares, splits, buffers, heads, max_query_len, max_seq_len, batch_invariant)

@@ -73,6 +73,7 @@ class Case:
         tensors = {name: None if t is None else t.to(self.device) for name, t in tensors.items()}
         schedule = DecodeSchedule.plan(
             tensors["seq_lens"],
+            heads=self.heads,
             max_query_len=max(self.query_lens, default=0),
             max_seq_len=max(self.seq_lens, default=0),
         )

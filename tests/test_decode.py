@@ -118,7 +118,7 @@ def test_operator_passes_opcheck_and_compiles() -> None:
     schedule = arguments.pop("schedule")
     scale, causal, kv_scale = (arguments.pop(name) for name in ("softmax_scale", "causal", "kv_scale"))
     buffers = (schedule.buffers.partial_out, schedule.buffers.partial_lse)
-    bounds = (schedule.request_tiles, *buffers, schedule.max_query_len, schedule.max_seq_len)
+    bounds = (schedule.shares, schedule.splits, *buffers, 16, schedule.max_query_len, schedule.max_seq_len)
     out, lse = torch.empty(4, 16, 512, dtype=torch.bfloat16), torch.empty(4, 16)
     for optional in (lse, None):
         torch.library.opcheck(
@@ -185,15 +185,21 @@ def wrong(name: str, change: Any, error: type[Exception], message: str) -> Any:
         wrong("out", lambda t: torch.empty(3, 16, 512).half(), TypeError, "out is torch.float16"),
         wrong(
             "schedule",
-            lambda t: DecodeSchedule.plan(torch.ones(5, dtype=torch.int32), max_query_len=1, max_seq_len=1),
+            lambda t: DecodeSchedule.plan(torch.ones(5, dtype=torch.int32), heads=16, max_query_len=1, max_seq_len=1),
             ValueError,
             "schedule was made for 5 requests, but seq_lens has 2",
         ),
         wrong(
             "schedule",
-            lambda s: replace(s, request_tiles=s.request_tiles.long()),
+            lambda s: replace(s, heads=8),
+            ValueError,
+            "schedule was made for 8 heads, but q_nope has 16; make it with",
+        ),
+        wrong(
+            "schedule",
+            lambda s: replace(s, splits=s.splits.long()),
             TypeError,
-            "schedule.request_tiles is torch.int64, wanted torch.int32",
+            "schedule.splits is torch.int64, wanted torch.int32",
         ),
     ],
 )

@@ -43,6 +43,26 @@ __device__ __forceinline__ void scale(float4& sum, float factor) {
   sum.x *= factor, sum.y *= factor, sum.z *= factor, sum.w *= factor;
 }
 
+// a / b for a < 2^20, in a third of the instructions: these are cold in the caches when a kernel begins. (a + 1/2) / b is
+// 1 / 2b or more from any whole number, and its error less than that.
+__device__ __forceinline__ int divide(int a, int b) { return __float2int_rz(__fdividef(a + 0.5f, b)); }
+
+// Index of the last entry of the ascending `starts` [count + 1] that is <= value, so that value lies in
+// starts[i]:starts[i + 1]. All 32 lanes search together: two reads for a thousand entries.
+__device__ __forceinline__ int find_owner(const int32_t* starts, int count, int value) {
+  const int lane = threadIdx.x % 32;
+  int low = 0;  // starts[low] <= value
+  for (int span = count; span > 1;) {
+    const int step = (span + 31) / 32;
+    const int probe = low + lane * step;
+    const bool below = probe < low + span && probe < count && starts[probe] <= value;
+    const int last = 31 - __clz(__ballot_sync(~0u, below) | 1u);
+    low += last * step;
+    span = min(step, span - last * step);
+  }
+  return low;
+}
+
 template <typename Element, typename Shape>
 __global__ void __launch_bounds__(Shape::kThreads) combine_kernel(const __grid_constant__ DecodeParams params) {
   constexpr int kGroups = Shape::kGroups, kVectors = Shape::kVectors, kAtOnce = Shape::kAtOnce;
@@ -53,18 +73,26 @@ __global__ void __launch_bounds__(Shape::kThreads) combine_kernel(const __grid_c
   const int first_column = blockIdx.x % Shape::kColumnParts * Shape::kColumns;
 
   // Everything up to the wait depends on the schedule only. That is there: the decode kernel itself starts when all before it
-  // is done.
-  const bool owned = token < params.query_start_loc[params.requests];
-  const int request = owned ? find_owner(params.query_start_loc, params.requests, token) : 0;
-  const int begin = owned ? params.request_tiles[request] : 0, end = owned ? params.request_tiles[request + 1] : 0;
-  const Shares shares(params);
-  const int first = begin < end ? shares.worker_of(begin) : 0, last = begin < end ? shares.worker_of(end - 1) : 0;
-  const int row = owned ? (token - params.query_start_loc[request]) * params.heads + head : 0;
-  const int row_block = row / params.block_rows, block_row = row % params.block_rows;
-  const bool first_begins_share = shares.begin(first) == begin;
-  const auto part_of = [&](int worker) {
-    return partial_row(params, row_block, worker, worker > first || first_begins_share) + block_row;
+  // is done. The row's request is guessed, as if all had equally many tokens, so that all can be asked for at once.
+  int request = 0, first_token = 0, end_token = 0, seq_len = 0, first_slot = 0, parts = 0;
+  const auto look_up = [&] {
+    first_token = params.query_start_loc[request], end_token = params.query_start_loc[request + 1];
+    seq_len = params.seq_lens[request];
+    first_slot = params.splits[request], parts = params.splits[request + 1] - first_slot;
   };
+  if (params.requests > 0) {
+    request = min(divide(token, params.max_query_len), params.requests - 1);
+    look_up();
+    if (token < first_token || token >= end_token) {
+      request = find_owner(params.query_start_loc, params.requests, token);
+      look_up();
+    }
+  }
+  const bool attends = token < end_token && seq_len > 0;  // a request owns the row and has tokens
+  const int row = (token - first_token) * params.heads + head;
+  const int row_block = params.row_blocks == 1 ? 0 : row / params.block_rows;
+  const int64_t first_partial_row = partial_row(params, first_slot, row_block) + row - row_block * params.block_rows;
+  const int part_rows = params.row_blocks * params.block_rows;
   Element* to = static_cast<Element*>(params.out) + token * params.out_token_stride + head * params.out_head_stride +
                 first_column;
   float* lse = params.lse == nullptr || first_column > 0
@@ -72,9 +100,9 @@ __global__ void __launch_bounds__(Shape::kThreads) combine_kernel(const __grid_c
                    : params.lse + token * params.lse_token_stride + head * params.lse_head_stride;
   // All blocks wait, or the next kernel might start when this one is done and the decode kernel is not.
   ptx::wait_for_previous_kernel();
-  if (begin < end && (first == last || params.batch_invariant)) return;  // written by its only worker
-  if (head >= params.heads) return;  // a whole warp: rows with several groups have a block for themselves
-  if (begin == end) {  // no request owns the row, or its request is empty
+  if (attends && parts == 0) return;  // written by its only worker
+  if (head >= params.heads) return;   // a whole warp: rows with several groups have a block for themselves
+  if (!attends) {
     if (group > 0) return;
 #pragma unroll
     for (int v = 0; v < kVectors; ++v) {
@@ -89,14 +117,14 @@ __global__ void __launch_bounds__(Shape::kThreads) combine_kernel(const __grid_c
   const auto exponent = [](float peak) { return peak == -INFINITY ? 0 : peak; };
   float peak = -INFINITY, total = 0;
   float4 sum[kVectors] = {};
-  for (int worker = first + group; worker <= last; worker += kGroups * kAtOnce) {
+  for (int next = group; next < parts; next += kGroups * kAtOnce) {
     float part_lse[kAtOnce];
     float4 part[kAtOnce][kVectors];
 #pragma unroll
     for (int i = 0; i < kAtOnce; ++i) {
       part_lse[i] = -INFINITY;
-      if (worker + i * kGroups > last) continue;
-      const int64_t row_of_part = part_of(worker + i * kGroups);
+      if (next + i * kGroups >= parts) continue;
+      const int64_t row_of_part = first_partial_row + static_cast<int64_t>(next + i * kGroups) * part_rows;
       part_lse[i] = params.partial_lse[row_of_part];
       const float* from = params.partial_out + row_of_part * kLatentDim + first_column;
 #pragma unroll
@@ -111,7 +139,7 @@ __global__ void __launch_bounds__(Shape::kThreads) combine_kernel(const __grid_c
     for (int v = 0; v < kVectors; ++v) scale(sum[v], decay);
 #pragma unroll
     for (int i = 0; i < kAtOnce; ++i) {
-      if (worker + i * kGroups > last) continue;
+      if (next + i * kGroups >= parts) continue;
       const float weight = ptx::exp2(part_lse[i] - exponent(peak));
       total += weight;
 #pragma unroll

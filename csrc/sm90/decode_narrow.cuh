@@ -201,7 +201,7 @@ __device__ void consume_narrow(const DecodeParams& params, NarrowShared<Element,
       if (lane < 4) shared.exchange[group][warp][own_column(c)] = sum[c];
     }
     ptx::named_barrier_sync<128>(own_barrier);
-    const Rows<Element> results(params, piece, 0, blockIdx.x);
+    const Rows<Element> results(params, piece, 0);
 #pragma unroll
     for (int c = 0; c < kColumns; ++c) {
       const int row = own_column(c);
@@ -237,8 +237,16 @@ __device__ void consume_narrow(const DecodeParams& params, NarrowShared<Element,
   }
 }
 
+// A block is started with as many registers for each thread as if it had kThreads of them. They are few enough to leave room
+// for a block of the combine kernel, which so can look up its work before this kernel is done.
+template <int kN>
+struct NarrowRegisters {
+  static constexpr int kThreads = kN == 16 ? 640 : 512;            // 96 or 128 registers each
+  static constexpr int kMath = kN == 16 ? 104 : 152, kOther = 80;  // what the roles make of them
+};
+
 template <typename Element, int kN>
-__global__ void __launch_bounds__(kThreads, 1)
+__global__ void __launch_bounds__(NarrowRegisters<kN>::kThreads, 1)
     decode_narrow_kernel(const __grid_constant__ DecodeParams params, const __grid_constant__ TensorMaps maps) {
   auto& shared = shared_memory<NarrowShared<Element, kN>>();
   if (threadIdx.x == 0) {
@@ -252,7 +260,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   if (brings_something()) pieces.find(blockIdx.x);
   __syncthreads();
   ptx::let_next_kernel_start();
-  run_roles(
+  run_roles<NarrowRegisters<kN>::kMath, NarrowRegisters<kN>::kOther>(
       [&](int warp) {
         if (warp > 0) return;
         bring_tiles(params, pieces, shared.tiles, kHeadDim * sizeof(Element),

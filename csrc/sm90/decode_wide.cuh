@@ -166,7 +166,7 @@ class WideConsumer {
       }
     }
     // Nothing is read of the piece after its queries are given back.
-    const Rows<Element> results(params, piece(), blockIdx.y, blockIdx.x / 2);
+    const Rows<Element> results(params, piece(), blockIdx.y);
     if constexpr (!kSharesRows) {
       shared.queries.release(pieces_done);
       receive(probability, out, tiles - 1);
@@ -517,7 +517,7 @@ __global__ void __cluster_dims__(2) __launch_bounds__(kThreads, 1)
   ptx::cluster_sync();
   ptx::let_next_kernel_start();
   const int rank = ptx::cluster_rank();
-  run_roles(
+  run_roles<224, 56>(  // 168 for each of 384 threads
       [&](int warp) {
         bring_tiles(params, pieces, shared.tiles, (kBlockLatent + kBlockRope) * sizeof(Element),
                     [&](int stage, int token, int page, int page_row, auto tma_load) {

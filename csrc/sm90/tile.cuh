@@ -74,7 +74,7 @@ __device__ __forceinline__ void bring_tiles_by(const DecodeParams& params, Piece
     if (params.page_size < kTileTokens) boxes = min(boxes, seq_len + box_tokens - 1 >> shift);
     const auto page_of = [&](int box) { return box < boxes ? pages[page_index(box)] : 0; };
     int page = page_of(first_box + lane), next_page = page_of(first_box + 32 + lane);
-
+    pieces.find_queries(piece);
     if (static_cast<int>(blockIdx.y) * params.block_rows >= piece.rows(params)) continue;
     for (int tile = piece.first_tile; tile < piece.last_tile; ++tile, ++number) {
       const int index = (tile - piece.first_tile) * tile_boxes;
@@ -152,6 +152,7 @@ __device__ void bring_queries(const DecodeParams& params, Pieces& pieces, Pipeli
   int number = 0;
   Piece piece;
   while (pieces.take(piece)) {
+    pieces.find_queries(piece);
     const int first_row = blockIdx.y * params.block_rows;
     if (first_row >= piece.rows(params)) continue;
     const int stage = pipeline.stage(number);
@@ -202,13 +203,13 @@ struct Rows {
   int first_row, last_row;  // of this block's rows, and past them
   int64_t first_partial_row;
 
-  __device__ Rows(const DecodeParams& params, const Piece& piece, int row_block, int worker)
+  __device__ Rows(const DecodeParams& params, const Piece& piece, int row_block)
       : params(params),
         whole(piece.whole()),
         first_token(piece.first_token),
         first_row(row_block * params.block_rows),
         last_row(min(first_row + params.block_rows, piece.rows(params))),
-        first_partial_row(partial_row(params, row_block, worker, piece.begins_share)) {}
+        first_partial_row(partial_row(params, piece.slot, row_block)) {}
 
   __device__ __forceinline__ Element* out(int row) const {
     const int query = query_of_row(params, row);
@@ -276,15 +277,15 @@ __device__ __forceinline__ bool brings_something() {
   return threadIdx.x >= kMathThreads && threadIdx.x < kMathThreads + 96;
 }
 
-// Divide the block's threads into their roles. Together they can have at most the registers that the block was started with
-// (168 for each of 384 threads), or the increase waits for ever.
-template <typename Tiles, typename Queries, typename Consume>
+// Divide the block's threads into their roles. Together they can have at most the registers that the block was started with, or
+// the increase waits for ever.
+template <int kMathRegisters, int kOtherRegisters, typename Tiles, typename Queries, typename Consume>
 __device__ void run_roles(Tiles tiles, Queries queries, Consume consume) {
   if (threadIdx.x < kMathThreads) {
-    ptx::setmaxnreg_inc<224>();
+    ptx::setmaxnreg_inc<kMathRegisters>();
     consume();
   } else {
-    ptx::setmaxnreg_dec<56>();
+    ptx::setmaxnreg_dec<kOtherRegisters>();
     if (threadIdx.x < kMathThreads + 64) {
       tiles(threadIdx.x / 32 % 2);
     } else if (threadIdx.x < kMathThreads + 96) {

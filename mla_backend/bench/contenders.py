@@ -39,7 +39,9 @@ class Step:
 
 
 def ours(step: Step) -> Call:
-    schedule = DecodeSchedule.plan(step.seq_lens, max_query_len=step.queries, max_seq_len=step.max_seq_len)
+    schedule = DecodeSchedule.plan(
+        step.seq_lens, heads=step.q_nope.shape[1], max_query_len=step.queries, max_seq_len=step.max_seq_len
+    )
     out = torch.empty_like(step.q_nope, memory_format=torch.contiguous_format)
     tensors = (step.q_nope, step.q_pe, step.kv_cache, step.block_table, step.seq_lens, step.query_start_loc)
     return lambda: mla_decode(*tensors, softmax_scale=step.scale, schedule=schedule, out=out)

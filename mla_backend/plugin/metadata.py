@@ -68,6 +68,7 @@ class HopperMLAMetadataBuilder(MLACommonMetadataBuilder[HopperMLAMetadata]):
             query_start_loc=query_start_loc_device,
             schedule=DecodeSchedule.plan(
                 seq_lens_device,
+                heads=self.num_heads,
                 max_query_len=int(query_start_loc_cpu.diff().max()),
                 max_seq_len=max_seq_len,
                 batch_invariant=envs.VLLM_BATCH_INVARIANT,

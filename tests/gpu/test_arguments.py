@@ -47,8 +47,8 @@ def buffer(name: str, change: Callable[[torch.Tensor], torch.Tensor]) -> Callabl
     return lambda s: replace(s, buffers=replace(s.buffers, **{name: change(getattr(s.buffers, name))}))
 
 
-def tiles(change: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[DecodeSchedule], DecodeSchedule]:
-    return lambda s: replace(s, request_tiles=change(s.request_tiles))
+def planned(name: str, change: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[DecodeSchedule], DecodeSchedule]:
+    return lambda s: replace(s, **{name: change(getattr(s, name))})
 
 
 WRONG: list[tuple[str, Callable[[Any], Any], type[Exception], str]] = [
@@ -87,11 +87,32 @@ WRONG: list[tuple[str, Callable[[Any], Any], type[Exception], str]] = [
     ("query_start_loc", lambda t: t[:2], ValueError, "query_start_loc has shape [2], wanted [3]"),
     ("query_start_loc", every_other, ValueError, "query_start_loc has strides [2], but its last dimension must be"),
     ("query_start_loc", lambda t: t.cpu(), ValueError, "query_start_loc is on cpu, but q_nope is on cuda:0"),
-    ("schedule", tiles(lambda t: t[:2]), ValueError, "schedule was made for 1 requests, but seq_lens has 2"),
-    ("schedule", tiles(lambda t: t[None]), ValueError, "schedule.request_tiles has shape [1, 3], wanted [3]"),
-    ("schedule", tiles(every_other), ValueError, "schedule.request_tiles has strides [2], but its last dimension"),
-    ("schedule", tiles(torch.Tensor.long), TypeError, "schedule.request_tiles is torch.int64, wanted torch.int32"),
-    ("schedule", tiles(torch.Tensor.cpu), ValueError, "schedule.request_tiles is on cpu, but q_nope is on cuda:0"),
+    (
+        "schedule",
+        planned("splits", lambda t: t[:2]),
+        ValueError,
+        "schedule was made for 1 requests, but seq_lens has",
+    ),
+    ("schedule", planned("splits", lambda t: t[None]), ValueError, "schedule.splits has shape [1, 3], wanted [3]"),
+    ("schedule", planned("splits", every_other), ValueError, "schedule.splits has strides [2], but its last dimension"),
+    ("schedule", planned("splits", torch.Tensor.long), TypeError, "schedule.splits is torch.int64, wanted torch.int32"),
+    ("schedule", planned("splits", torch.Tensor.cpu), ValueError, "schedule.splits is on cpu, but q_nope is on cuda:0"),
+    ("schedule", planned("heads", lambda h: h // 2), ValueError, "schedule was made for 8 heads, but q_nope has 16"),
+    ("schedule", planned("shares", lambda t: t[:, :7]), ValueError, ", 7], wanted [workers, 8]"),
+    ("schedule", planned("shares", torch.Tensor.long), TypeError, "schedule.shares is torch.int64, wanted torch.int32"),
+    ("schedule", planned("shares", torch.Tensor.cpu), ValueError, "schedule.shares is on cpu, but q_nope is on cuda"),
+    (
+        "schedule",
+        planned("shares", lambda t: t[::2]),
+        ValueError,
+        "schedule.shares has strides [16, 1], but it must",
+    ),
+    (
+        "schedule",
+        planned("shares", shifted),
+        ValueError,
+        "schedule.shares has strides [8, 1], but every row",
+    ),
     ("schedule", buffer("partial_lse", lambda t: t[:, :1]), ValueError, ", 1, 64], wanted [workers, 2, 64]"),
     ("schedule", buffer("partial_lse", torch.Tensor.half), TypeError, "partial_lse is torch.float16, wanted torch.flo"),
     ("schedule", buffer("partial_lse", torch.Tensor.cpu), ValueError, "partial_lse is on cpu, but q_nope is on cuda:0"),
@@ -157,9 +178,11 @@ def operator_arguments() -> dict[str, Any]:
     schedule = arguments["schedule"]
     return {
         **{name: arguments[name] for name in TENSORS},
-        "request_tiles": schedule.request_tiles,
+        "shares": schedule.shares,
+        "splits": schedule.splits,
         "partial_out": schedule.buffers.partial_out,
         "partial_lse": schedule.buffers.partial_lse,
+        "planned_heads": schedule.heads,
         "max_query_len": schedule.max_query_len,
         "max_seq_len": schedule.max_seq_len,
         "softmax_scale": arguments["softmax_scale"],
@@ -185,7 +208,9 @@ WRONG_TO_THE_OPERATOR: list[tuple[str, Callable[[Any], Any], str]] = [
     ("block_table", lambda t: t.cpu(), "is on cpu, wanted cuda:0"),
     ("seq_lens", every_other, "has strides [2], wanted a contiguous last dimension"),
     ("query_start_loc", lambda t: t[:2], "has shape [2], wanted [3]"),
-    ("request_tiles", lambda t: t.long(), "is Long, wanted Int"),
+    ("splits", lambda t: t.long(), "is Long, wanted Int"),
+    ("shares", lambda t: t[::2], "has strides [16, 1], wanted a contiguous tensor"),
+    ("planned_heads", lambda heads: heads // 2, "q_nope has 16 heads, wanted 8, those of the schedule"),
     ("partial_out", shifted, "wanted every row to start at a multiple of 16 bytes"),
     ("partial_lse", lambda t: t[:1].expand_as(t), "has strides [0, 64, 1], wanted a contiguous tensor"),
     ("softmax_scale", lambda _: -1.0, "is -1, wanted a positive number"),
@@ -202,10 +227,18 @@ def test_the_operator_itself_names_a_wrong_argument(name: str, change: Any, mess
     arguments = operator_arguments()
     torch.ops.mla_backend.mla_decode(**arguments)
     arguments[name] = change(arguments[name])
-    with pytest.raises(RuntimeError, match=f"mla_decode: {name} .*{re.escape(message)}"):
+    named = "" if name == "planned_heads" else f"{name} .*"
+    with pytest.raises(RuntimeError, match=f"mla_decode: {named}{re.escape(message)}"):
+        torch.ops.mla_backend.mla_decode(**arguments)
+
+
+def test_too_little_room_for_partial_results() -> None:
+    arguments = operator_arguments()
+    arguments["shares"] = arguments["shares"].repeat(5, 1)
+    with pytest.raises(RuntimeError, match=r"partial_lse has room for \d+ query rows, wanted \d+ for \d+ shares"):
         torch.ops.mla_backend.mla_decode(**arguments)
 
 
 def test_the_plan_names_wrong_lengths() -> None:
     with pytest.raises(RuntimeError, match="seq_lens is Long, wanted Int"):
-        DecodeSchedule.plan(torch.ones(2, dtype=torch.int64, device="cuda"), max_query_len=1, max_seq_len=1)
+        DecodeSchedule.plan(torch.ones(2, dtype=torch.int64, device="cuda"), heads=16, max_query_len=1, max_seq_len=1)

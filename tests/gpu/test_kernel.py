@@ -78,6 +78,7 @@ class Step:
             "causal": self.causal,
             "schedule": DecodeSchedule.plan(
                 seq_lens,
+                heads=self.heads,
                 max_query_len=max(self.query_lens, default=0),
                 max_seq_len=max(self.seq_lens, default=0),
                 batch_invariant=self.batch_invariant,
@@ -192,7 +193,7 @@ def test_batch_invariant_results_do_not_depend_on_the_batch(heads: int) -> None:
     def attend(step: dict[str, Any], requests: slice, longest: int) -> tuple[torch.Tensor, torch.Tensor]:
         lengths, starts = step["seq_lens"][requests], step["query_start_loc"]
         rows = slice(int(starts[:-1][requests][0]), int(starts[1:][requests][-1]))
-        plan = DecodeSchedule.plan(lengths, max_query_len=longest, max_seq_len=5000, batch_invariant=True)
+        plan = DecodeSchedule.plan(lengths, heads=heads, max_query_len=longest, max_seq_len=5000, batch_invariant=True)
         mine = {
             "q_nope": step["q_nope"][rows],
             "q_pe": step["q_pe"][rows],
@@ -229,6 +230,33 @@ def test_a_cache_of_more_than_four_gigabytes() -> None:
     out, _ = mla_decode(**arguments, return_lse=True)
     expected, _ = reference(arguments)
     torch.testing.assert_close(out.float(), expected, rtol=1 / 64, atol=8e-4)
+
+
+@pytest.mark.parametrize(("queries", "heads"), [(5, 43), (4, 65), (16, 40)])
+def test_flash_mla_drop_in_with_rows_that_fill_no_block(queries: int, heads: int) -> None:
+    """The plan knows only their product, and so neither how many blocks of rows there are nor how full they are."""
+    lengths = torch.tensor([5000, 0, 300], dtype=torch.int32, device="cuda")
+    table = torch.randperm(240, device="cuda", dtype=torch.int32).view(3, 80)
+    q = torch.randn(3, queries, heads, 576, device="cuda", dtype=torch.bfloat16) * 0.1
+    k = torch.randn(240, 64, 1, 576, device="cuda", dtype=torch.bfloat16) * 0.1
+    out, _ = flash_mla_with_kvcache(
+        q, k, table, lengths, 512, *get_mla_metadata(lengths, queries * heads, 1), causal=True
+    )
+    exact = (q.float(), k.float(), table, lengths)
+    expected = torch.empty(3 * queries, heads, 512, device="cuda")
+    starts = torch.arange(4, dtype=torch.int32, device="cuda") * queries
+    mla_decode_reference(
+        *(exact[0].flatten(0, 1)[..., part] for part in (slice(512), slice(512, 576))),
+        *(exact[1][:, :, 0], table, lengths, starts),
+        max_query_len=queries,
+        max_seq_len=5120,
+        softmax_scale=576**-0.5,
+        causal=True,
+        kv_scale=None,
+        out=expected,
+        lse=None,
+    )
+    torch.testing.assert_close(out.flatten(0, 1).float(), expected, rtol=1 / 64, atol=8e-4)
 
 
 def test_flash_mla_drop_in_with_two_key_heads() -> None:

@@ -1,0 +1,93 @@
+"""The schedule on a GPU: every tile is somebody's, nobody has too many, and parts of a request follow each other."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+
+from mla_backend import DecodeSchedule
+from mla_backend.dimensions import TILE_TOKENS
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+
+Piece = tuple[int, int, int, int]  # worker, first tile of the request, past the last, place for a partial result
+
+
+def plan(
+    seq_lens: list[int], heads: int, max_query_len: int, batch_invariant: bool
+) -> tuple[list[list[int]], list[int]]:
+    lengths = torch.tensor(seq_lens, dtype=torch.int32, device="cuda")
+    schedule = DecodeSchedule.plan(
+        lengths,
+        heads=heads,
+        max_query_len=max_query_len,
+        max_seq_len=max(seq_lens, default=0),
+        batch_invariant=batch_invariant,
+    )
+    return schedule.shares.tolist(), schedule.splits.tolist()
+
+
+def pieces_of_requests(shares: list[list[int]], tiles: list[int]) -> list[list[Piece]]:
+    """Follow every worker through its share, as csrc/sm90/work.cuh does."""
+    pieces: list[list[Piece]] = [[] for _ in tiles]
+    for worker, (request, first_tile, left, slot, *_) in enumerate(shares):
+        while left > 0:
+            if tiles[request] > 0:
+                last_tile = min(tiles[request], first_tile + left)
+                whole = (first_tile, last_tile) == (0, tiles[request])
+                pieces[request].append((worker, first_tile, last_tile, -1 if whole else slot))
+                slot += not whole
+                left -= last_tile - first_tile
+            request, first_tile = request + 1, 0
+    return pieces
+
+
+def lengths_of(rng: random.Random) -> list[int]:
+    requests = rng.choice([0, 1, 2, 7, 64, 131, 132, 133, 500, 1024, 1025, 2500])
+    longest = rng.choice([1, 64, 65, 1000, 20000, 200000])
+    if rng.random() < 0.3:
+        return [rng.randint(0, longest)] * requests
+    return [rng.choice([0, rng.randint(0, longest), rng.randint(0, longest)]) for _ in range(requests)]
+
+
+@pytest.mark.parametrize("batch_invariant", [False, True])
+@pytest.mark.parametrize(("heads", "max_query_len"), [(1, 1), (16, 1), (16, 4), (128, 1), (128, 3), (100, 50)])
+def test_every_tile_is_given_once_and_evenly(heads: int, max_query_len: int, batch_invariant: bool) -> None:
+    rng = random.Random(f"{heads} {max_query_len} {batch_invariant}")
+    multiprocessors = torch.cuda.get_device_properties(0).multi_processor_count
+    for _ in range(60):
+        seq_lens = lengths_of(rng)
+        tiles = [-(-length // TILE_TOKENS) for length in seq_lens]
+        shares, splits = plan(seq_lens, heads, max_query_len, batch_invariant)
+        assert 1 <= len(shares) <= multiprocessors
+
+        slots = 0
+        for request, mine in enumerate(pieces_of_requests(shares, tiles)):
+            assert [first for _, first, _, _ in mine] == [0, *(last for _, _, last, _ in mine)][: len(mine)]
+            assert (mine[-1][2] if mine else 0) == tiles[request]
+            parts = [slot for *_, slot in mine if slot >= 0]
+            assert len(mine) <= 1 or not batch_invariant
+            assert parts == ([] if len(mine) <= 1 else list(range(slots, slots + len(mine))))
+            assert splits[request : request + 2] == [slots, slots + len(parts)]
+            slots += len(parts)
+        assert slots <= 2 * len(shares)
+
+        given, total = [share[2] for share in shares if share[2]], sum(tiles)
+        assert sum(given) == total
+        assert all(share[5] == total and share[4] == seq_lens[share[0]] for share in shares if share[2])
+        if batch_invariant or not total:
+            continue
+        if len(set(tiles)) == 1 and len(tiles) <= len(given):  # equally many workers for each
+            assert len(given) % len(tiles) == 0
+            assert max(given) == -(-tiles[0] * len(tiles) // len(given))
+        else:
+            assert max(given) - min(given) <= 1
+            assert len(given) == len(shares) or max(given) <= 3
+
+
+def test_a_batch_invariant_share_is_a_run_of_requests_of_its_size() -> None:
+    shares, splits = plan([640] * 264, 128, 1, True)
+    assert [share[2] for share in shares] == [40] * 66
+    assert splits == [0] * 265

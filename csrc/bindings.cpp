@@ -161,7 +161,6 @@ void mla_decode(const Tensor& q_nope, const Tensor& q_pe, const Tensor& kv_cache
   params.seq_lens = static_cast<const int32_t*>(seq_lens.const_data_ptr());
   params.query_start_loc = static_cast<const int32_t*>(query_start_loc.const_data_ptr());
   params.shares = static_cast<const Share*>(shares.const_data_ptr());
-  params.splits = static_cast<const int32_t*>(splits.const_data_ptr());
   params.tokens = static_cast<int>(tokens), params.heads = static_cast<int>(heads);
   params.heads_reciprocal = static_cast<uint32_t>((0x1'0000'0000 + heads - 1) / heads);
   params.requests = static_cast<int>(requests), params.page_size = static_cast<int>(page_size);

@@ -18,11 +18,14 @@ constexpr int kPartialRows = 64;  // query rows (token and head) that there is r
 // and going on with the next requests'.
 struct alignas(16) Share {
   int32_t request, first_tile, tiles;
-  int32_t slot;       // of its first partial result; a second one has the next
-  int32_t seq_len;    // of the request that it begins with
-  int32_t all_tiles;  // of the step
-  int32_t unused[2];
+  int32_t slot;           // of its first partial result; a second one has the next
+  int32_t seq_len;        // of the request that it begins with
+  int32_t last_request;   // that it ends with, if that has its first part here
+  int16_t part, parts;    // which one it has of so many parts of the request that it begins with; 0 parts if it has all of it
+  int16_t last_parts;     // of the request that it ends with, 0 if it has all of it or begins with it
+  int16_t step_is_small;  // whether all shares together have less than kSmallStep tiles
 };
+constexpr int kSmallStep = 3072;  // 226 MB, four times what the L2 cache holds: with more it gained nothing or lost
 constexpr int kShareNumbers = sizeof(Share) / sizeof(int32_t);
 
 struct DecodeParams {
@@ -37,9 +40,7 @@ struct DecodeParams {
   int64_t block_table_stride;
   const int32_t* seq_lens;         // [requests]
   const int32_t* query_start_loc;  // [requests + 1]
-  // The schedule: shares [workers], and the running count of the requests' partial results, [requests + 1].
-  const Share* shares;
-  const int32_t* splits;
+  const Share* shares;             // [workers], the schedule
 
   int tokens, heads, requests, page_size;
   uint32_t heads_reciprocal;  // 2^32 / heads, rounded up

@@ -117,19 +117,19 @@ void decode(Kernel kernel, const Choice& choice, const DecodeParams& params, con
   check("decode kernel", cudaGetLastError());
 }
 
-template <typename Element, typename Shape>
-void combine(const DecodeParams& params, cudaStream_t stream) {
+template <typename Element>
+void combine(const DecodeParams& params, int more, cudaStream_t stream) {
   // It need not wait until all that the decode kernel wrote is there: its blocks find their work first.
   cudaLaunchAttribute overlap;
   overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
   overlap.val.programmaticStreamSerializationAllowed = 1;
   cudaLaunchConfig_t config = {};
-  config.gridDim = dim3((params.heads + Shape::kRows - 1) / Shape::kRows * Shape::kColumnParts, params.tokens);
-  config.blockDim = Shape::kThreads;
+  config.gridDim = dim3(params.workers, more);
+  config.blockDim = sm90::kCombineThreads;
   config.stream = stream;
   config.attrs = &overlap;
   config.numAttrs = 1;
-  check("combine kernel", cudaLaunchKernelEx(&config, sm90::combine_kernel<Element, Shape>, params));
+  check("combine kernel", cudaLaunchKernelEx(&config, sm90::combine_kernel<Element>, params));
 }
 
 template <typename Element>
@@ -154,14 +154,9 @@ void launch(DecodeParams params, const Blocks& blocks, const Cache& cache, CUten
       decode<WideShared<Element, 128>>(decode_wide_kernel<Element, 128>, blocks.choice, params, cache, type, stream);
       break;
   }
-  const int64_t all_rows = static_cast<int64_t>(params.tokens) * params.heads;
-  if (all_rows < kSomeRows) {
-    combine<Element, CombineFewRows>(params, stream);
-  } else if (all_rows < kManyRows) {
-    combine<Element, CombineSomeRows>(params, stream);
-  } else {
-    combine<Element, CombineManyRows>(params, stream);
-  }
+  // As many blocks for all parts as run at a time: two beside each block of a narrow kernel, four after a wide one. Where there are
+  // more blocks of rows than multiprocessors, there is one worker and nothing to combine.
+  combine<Element>(params, 2 * blocks.choice.cluster * blocks.choice.cluster * std::min(blocks.count, 64), stream);
 }
 
 }  // namespace

@@ -1,180 +1,277 @@
-// Combines the partial results of requests that several workers shared, and writes the rows that no worker has.
+// Combines the partial results of requests that several workers shared, and clears the rows that attend to nothing.
 #pragma once
 
 #include "tile.cuh"
 
 namespace mla_backend::sm90 {
 
-// How a thread block is spread over query rows: it has `kRows` of them, and of each kVectors x 4 columns for each of
-// `kRowThreads` threads. The row's partial results are divided among `kGroups` such sets of threads, each of which asks for
-// `kAtOnce` of them before it looks at the first.
-template <int kRowThreads_, int kVectors_, int kGroups_, int kRows_, int kAtOnce_>
-struct CombineShape {
-  static constexpr int kRowThreads = kRowThreads_, kVectors = kVectors_, kGroups = kGroups_, kRows = kRows_;
-  static constexpr int kAtOnce = kAtOnce_;
-  static constexpr int kThreads = kRowThreads * kGroups * kRows;
-  static constexpr int kColumns = kRowThreads * kVectors * 4, kColumnParts = kLatentDim / kColumns;
-};
+// The work is cut into units of 32 columns of a query row. A team of eight threads reads a line of 128 bytes of each of its parts.
+constexpr int kCombineThreads = 128;
+constexpr int kTeamThreads = 8, kTeams = kCombineThreads / kTeamThreads;
+constexpr int kUnitColumns = 4 * kTeamThreads, kRowUnits = kLatentDim / kUnitColumns;
 
-// Few rows: each may have a partial result of every multiprocessor, and all of them are asked for at once, by as many thread
-// blocks as there are multiprocessors for 16 rows.
-using CombineFewRows = CombineShape<16, 1, 16, 1, 9>;
-using CombineSomeRows = CombineShape<128, 1, 4, 1, 4>;
-// Many rows: most have two partial results, and what counts is how many rows are under way at a time.
-using CombineManyRows = CombineShape<32, 4, 1, 8, 2>;
-constexpr int kSomeRows = 128, kManyRows = 1024;
-
-template <typename Element>
-__device__ __forceinline__ void store_four(Element* to, float4 value) {
-  if constexpr (std::is_same_v<Element, __nv_bfloat16>) {
-    to[0] = __float2bfloat16_rn(value.x), to[1] = __float2bfloat16_rn(value.y);
-    to[2] = __float2bfloat16_rn(value.z), to[3] = __float2bfloat16_rn(value.w);
-  } else {
-    to[0] = __float2half_rn(value.x), to[1] = __float2half_rn(value.y);
-    to[2] = __float2half_rn(value.z), to[3] = __float2half_rn(value.w);
-  }
-}
-
-__device__ __forceinline__ void add(float4& sum, float4 value, float weight) {
-  sum.x += weight * value.x, sum.y += weight * value.y, sum.z += weight * value.z, sum.w += weight * value.w;
-}
-
-__device__ __forceinline__ void scale(float4& sum, float factor) {
-  sum.x *= factor, sum.y *= factor, sum.z *= factor, sum.w *= factor;
-}
-
-// a / b for a < 2^20, in a third of the instructions: these are cold in the caches when a kernel begins. (a + 1/2) / b is
+// a / b, for a < 2^20 in a third of the instructions: these are cold in the caches when a kernel begins. (a + 1/2) / b is
 // 1 / 2b or more from any whole number, and its error less than that.
-__device__ __forceinline__ int divide(int a, int b) { return __float2int_rz(__fdividef(a + 0.5f, b)); }
+__device__ __forceinline__ int divide(int a, int b) {
+  return a < 1 << 20 ? __float2int_rz(__fdividef(a + 0.5f, b)) : a / b;
+}
 
 // Index of the last entry of the ascending `starts` [count + 1] that is <= value, so that value lies in
-// starts[i]:starts[i + 1]. All 32 lanes search together: two reads for a thousand entries.
+// starts[i]:starts[i + 1].
 __device__ __forceinline__ int find_owner(const int32_t* starts, int count, int value) {
-  const int lane = threadIdx.x % 32;
-  int low = 0;  // starts[low] <= value
-  for (int span = count; span > 1;) {
-    const int step = (span + 31) / 32;
-    const int probe = low + lane * step;
-    const bool below = probe < low + span && probe < count && starts[probe] <= value;
-    const int last = 31 - __clz(__ballot_sync(~0u, below) | 1u);
-    low += last * step;
-    span = min(step, span - last * step);
+  int low = 0, high = count;  // starts[low] <= value < starts[high]
+  while (high - low > 1) {
+    const int middle = (low + high) / 2;
+    (starts[middle] <= value ? low : high) = middle;
   }
   return low;
 }
 
-template <typename Element, typename Shape>
-__global__ void __launch_bounds__(Shape::kThreads) combine_kernel(const __grid_constant__ DecodeParams params) {
-  constexpr int kGroups = Shape::kGroups, kVectors = Shape::kVectors, kAtOnce = Shape::kAtOnce;
-  const int column = threadIdx.x % Shape::kRowThreads;
-  const int group = threadIdx.x / Shape::kRowThreads % kGroups;
-  const int token = blockIdx.y;
-  const int head = blockIdx.x / Shape::kColumnParts * Shape::kRows + threadIdx.x / (Shape::kRowThreads * kGroups);
-  const int first_column = blockIdx.x % Shape::kColumnParts * Shape::kColumns;
-
-  // Everything up to the wait depends on the schedule only. That is there: the decode kernel itself starts when all before it
-  // is done. The row's request is guessed, as if all had equally many tokens, so that all can be asked for at once.
-  int request = 0, first_token = 0, end_token = 0, seq_len = 0, first_slot = 0, parts = 0;
-  const auto look_up = [&] {
-    first_token = params.query_start_loc[request], end_token = params.query_start_loc[request + 1];
-    seq_len = params.seq_lens[request];
-    first_slot = params.splits[request], parts = params.splits[request + 1] - first_slot;
-  };
-  if (params.requests > 0) {
-    request = min(divide(token, params.max_query_len), params.requests - 1);
-    look_up();
-    if (token < first_token || token >= end_token) {
-      request = find_owner(params.query_start_loc, params.requests, token);
-      look_up();
-    }
+// Of an output row, from the element at `to` on.
+template <typename Element>
+__device__ __forceinline__ void store_four(const DecodeParams& params, Element* to, float4 value) {
+  const uint32_t low = pack<Element>(value.x, value.y), high = pack<Element>(value.z, value.w);
+  if (params.output_is_pairs) {
+    reinterpret_cast<uint32_t*>(to)[0] = low, reinterpret_cast<uint32_t*>(to)[1] = high;
+  } else {
+    to[0] = reinterpret_cast<const Element(&)[2]>(low)[0], to[1] = reinterpret_cast<const Element(&)[2]>(low)[1];
+    to[2] = reinterpret_cast<const Element(&)[2]>(high)[0], to[3] = reinterpret_cast<const Element(&)[2]>(high)[1];
   }
-  const bool attends = token < end_token && seq_len > 0;  // a request owns the row and has tokens
-  const int row = (token - first_token) * params.heads + head;
-  const int row_block = params.row_blocks == 1 ? 0 : row / params.block_rows;
-  const int64_t first_partial_row = partial_row(params, first_slot, row_block) + row - row_block * params.block_rows;
-  const int part_rows = params.row_blocks * params.block_rows;
-  Element* to = static_cast<Element*>(params.out) + token * params.out_token_stride + head * params.out_head_stride +
-                first_column;
-  float* lse = params.lse == nullptr || first_column > 0
-                   ? nullptr
-                   : params.lse + token * params.lse_token_stride + head * params.lse_head_stride;
-  // All blocks wait, or the next kernel might start when this one is done and the decode kernel is not.
-  ptx::wait_for_previous_kernel();
-  if (attends && parts == 0) return;  // written by its only worker
-  if (head >= params.heads) return;   // a whole warp: rows with several groups have a block for themselves
-  if (!attends) {
-    if (group > 0) return;
-#pragma unroll
-    for (int v = 0; v < kVectors; ++v) {
-      store_four<Element>(to + (v * Shape::kRowThreads + column) * 4, make_float4(0, 0, 0, 0));
-    }
-    if (column == 0 && lse != nullptr) *lse = -INFINITY;
-    return;
-  }
+}
 
-  // Relative to the greatest denominator so far, as in an online softmax, so that nothing waits for the greatest of all.
+// A weighted sum of parts and the sum of their weights, both relative to 2^peak: an online softmax over parts.
+struct PartialSum {
+  float4 values = {};
+  float total = 0, peak = -INFINITY;
+
   // A row that sees no token in any part has the peak -inf, and -inf - -inf would be NaN.
-  const auto exponent = [](float peak) { return peak == -INFINITY ? 0 : peak; };
-  float peak = -INFINITY, total = 0;
-  float4 sum[kVectors] = {};
-  for (int next = group; next < parts; next += kGroups * kAtOnce) {
-    float part_lse[kAtOnce];
-    float4 part[kAtOnce][kVectors];
-#pragma unroll
-    for (int i = 0; i < kAtOnce; ++i) {
-      part_lse[i] = -INFINITY;
-      if (next + i * kGroups >= parts) continue;
-      const int64_t row_of_part = first_partial_row + static_cast<int64_t>(next + i * kGroups) * part_rows;
-      part_lse[i] = params.partial_lse[row_of_part];
-      const float* from = params.partial_out + row_of_part * kLatentDim + first_column;
-#pragma unroll
-      for (int v = 0; v < kVectors; ++v) part[i][v] = reinterpret_cast<const float4*>(from)[v * Shape::kRowThreads + column];
-    }
+  __device__ __forceinline__ float weight(float part_peak) const { return ptx::exp2(part_peak - (peak == -INFINITY ? 0 : peak)); }
+
+  __device__ __forceinline__ void rescale(float factor) {
+    values.x *= factor, values.y *= factor, values.z *= factor, values.w *= factor, total *= factor;
+  }
+
+  __device__ __forceinline__ void raise(float part_peak) {
     const float before = peak;
+    peak = fmaxf(peak, part_peak);
+    rescale(weight(before));
+  }
+
+  // Of the lanes whose numbers differ in the bit `offset`.
+  __device__ __forceinline__ void merge_lanes(int offset) {
+    const auto other = [=](float x) { return __shfl_xor_sync(~0u, x, offset); };
+    const PartialSum theirs = {{other(values.x), other(values.y), other(values.z), other(values.w)}, other(total), other(peak)};
+    raise(theirs.peak);
+    add(theirs.values, theirs.total, weight(theirs.peak));
+  }
+
+  __device__ __forceinline__ void add(float4 part, float part_total, float factor) {
+    values.x += factor * part.x, values.y += factor * part.y, values.z += factor * part.z, values.w += factor * part.w;
+    total += factor * part_total;
+  }
+};
+
+// The parts of a request that several workers shared.
+struct Parts {
+  int first_slot, count;
+  int first_token;
+};
+
+template <typename Element>
+class Combiner {
+ public:
+  __device__ __forceinline__ Combiner(const DecodeParams& params, const Parts& parts)
+      : params(params),
+        parts(parts),
+        lane(threadIdx.x % kTeamThreads),
+        stride(params.row_blocks * params.block_rows) {}
+
+  // Units first to last (not included), all of a team's parts kUnits x kParts at a time.
+  template <int kUnits, int kParts>
+  __device__ __forceinline__ void by_one_team_each(int first, int last) const {
+    for (int unit = first + static_cast<int>(threadIdx.x) / kTeamThreads; unit < last; unit += kUnits * kTeams) {
+      PartialSum sum[kUnits];
+      add<kUnits, kParts>(sum, unit, last, 0, 1);
 #pragma unroll
-    for (int i = 0; i < kAtOnce; ++i) peak = fmaxf(peak, part_lse[i]);
-    const float decay = ptx::exp2(before - exponent(peak));
-    total *= decay;
-#pragma unroll
-    for (int v = 0; v < kVectors; ++v) scale(sum[v], decay);
-#pragma unroll
-    for (int i = 0; i < kAtOnce; ++i) {
-      if (next + i * kGroups >= parts) continue;
-      const float weight = ptx::exp2(part_lse[i] - exponent(peak));
-      total += weight;
-#pragma unroll
-      for (int v = 0; v < kVectors; ++v) add(sum[v], part[i][v], weight);
+      for (int u = 0; u < kUnits; ++u) {
+        if (unit + u * kTeams < last) store(unit + u * kTeams, sum[u]);
+      }
     }
   }
-  if constexpr (kGroups > 1) {
-    __shared__ float peaks[kGroups], totals[kGroups];
-    __shared__ float4 sums[kGroups][kVectors][Shape::kRowThreads];
+
+  // One unit for every 2^shift teams, which divide its parts between them.
+  __device__ __forceinline__ void by_several_teams_each(int first, int last, int shift) const {
+    constexpr int kWarps = kCombineThreads / 32;
+    __shared__ PartialSum sums[kWarps][kTeamThreads];
+    const int team = threadIdx.x / kTeamThreads, warp = threadIdx.x / 32, own = first + (team >> shift);
+    const int unit = min(own, last - 1), sharing = 1 << shift, part = team & sharing - 1;
+    PartialSum sum[1];
+    add<1, 9>(sum, unit, last, part, sharing);
+    // First the teams of a warp, then the warps.
 #pragma unroll
-    for (int v = 0; v < kVectors; ++v) sums[group][v][column] = sum[v];
-    if (column == 0) peaks[group] = peak, totals[group] = total;
-    __syncthreads();
-    if (group > 0) return;
+    for (int offset = kTeamThreads; offset < 32; offset *= 2) {
+      if (offset < kTeamThreads * sharing) sum[0].merge_lanes(offset);
+    }
+    if (const int warps = sharing * kTeamThreads / 32; warps > 1) {
+      if (threadIdx.x % 32 < kTeamThreads) sums[warp][lane] = sum[0];
+      __syncthreads();
+      if ((warp & warps - 1) > 0) return;
+      float peak = sum[0].peak;
 #pragma unroll
-    for (int g = 1; g < kGroups; ++g) peak = fmaxf(peak, peaks[g]);
-    const float weight = ptx::exp2(peaks[0] - exponent(peak));
-    total *= weight;
+      for (int w = 1; w < kWarps; ++w) peak = w < warps ? fmaxf(peak, sums[warp + w][lane].peak) : peak;
+      sum[0].raise(peak);
 #pragma unroll
-    for (int v = 0; v < kVectors; ++v) scale(sum[v], weight);
+      for (int w = 1; w < kWarps; ++w) {
+        if (w >= warps) break;
+        const PartialSum& theirs = sums[warp + w][lane];
+        sum[0].add(theirs.values, theirs.total, sum[0].weight(theirs.peak));
+      }
+    }
+    if (part == 0 && own < last) store(unit, sum[0]);
+  }
+
+ private:
+  // Add every `step`-th part from `part` on, of `kUnits` units. All that is read at a time is asked for before any is looked at.
+  template <int kUnits, int kParts>
+  __device__ __forceinline__ void add(PartialSum (&sum)[kUnits], int unit, int last, int part, int step) const {
+    const int column = unit % kRowUnits * kTeamThreads + lane;  // in fours; units of a team are whole rows apart
+    static_assert(kTeams % kRowUnits == 0);
+    int first_row[kUnits];
 #pragma unroll
-    for (int g = 1; g < kGroups; ++g) {
-      const float weight = ptx::exp2(peaks[g] - exponent(peak));
-      total += weight * totals[g];
+    for (int u = 0; u < kUnits; ++u) first_row[u] = partial_row_of(min(unit + u * kTeams, last - 1));
+    ptx::wait_for_previous_kernel();
+#pragma unroll 1
+    for (; part < parts.count; part += kParts * step) {
+      float peaks[kUnits][kParts];
+      float4 values[kUnits][kParts];
 #pragma unroll
-      for (int v = 0; v < kVectors; ++v) add(sum[v], sums[g][v][column], weight);
+      for (int u = 0; u < kUnits; ++u) {
+#pragma unroll
+        for (int p = 0; p < kParts; ++p) {
+          const int row = first_row[u] + (part + p * step) * stride;
+          const bool exists = part + p * step < parts.count;
+          peaks[u][p] = -INFINITY, values[u][p] = {};
+          ptx::load_if(exists, peaks[u][p], params.partial_lse + row);
+          ptx::load_if(exists, values[u][p],
+                       reinterpret_cast<const float4*>(params.partial_out) + row * (kLatentDim / 4) + column);
+        }
+      }
+#pragma unroll
+      for (int u = 0; u < kUnits; ++u) {
+        float peak = peaks[u][0];
+#pragma unroll
+        for (int p = 1; p < kParts; ++p) peak = fmaxf(peak, peaks[u][p]);
+        sum[u].raise(peak);
+#pragma unroll
+        for (int p = 0; p < kParts; ++p) {
+          sum[u].add(values[u][p], 1, sum[u].weight(peaks[u][p]));
+        }
+      }
     }
   }
-  const float factor = total > 0 ? ptx::reciprocal(total) : 0;
-#pragma unroll
-  for (int v = 0; v < kVectors; ++v) {
-    scale(sum[v], factor);
-    store_four<Element>(to + (v * Shape::kRowThreads + column) * 4, sum[v]);
+
+  // Of a unit's row, in the first part.
+  __device__ __forceinline__ int partial_row_of(int unit) const {
+    const int row = unit / kRowUnits, row_block = params.row_blocks == 1 ? 0 : row / params.block_rows;
+    return partial_row(params, parts.first_slot, row_block) + row - row_block * params.block_rows;
   }
-  if (column == 0 && lse != nullptr) *lse = total > 0 ? (peak + ptx::log2(total)) * kLn2 : -INFINITY;
+
+  __device__ __forceinline__ void store(int unit, PartialSum& sum) const {
+    const int row = unit / kRowUnits, column = unit % kRowUnits * kUnitColumns + lane * 4;
+    const int query = query_of_row(params, row), token = parts.first_token + query, head = row - query * params.heads;
+    if (column == 0 && params.lse != nullptr) {
+      params.lse[token * params.lse_token_stride + head * params.lse_head_stride] =
+          sum.total > 0 ? (sum.peak + ptx::log2(sum.total)) * kLn2 : -INFINITY;
+    }
+    sum.rescale(sum.total > 0 ? ptx::reciprocal(sum.total) : 0);
+    store_four(params, static_cast<Element*>(params.out) + token * params.out_token_stride + head * params.out_head_stride + column,
+               sum.values);
+  }
+
+  const DecodeParams& params;
+  const Parts& parts;
+  const int lane;    // of the team
+  const int stride;  // from a part to the next, in rows
+};
+
+// Whether no request owns the token, or its request has no tokens to attend to. The request is guessed first, as if all had equally
+// many tokens.
+__device__ __forceinline__ bool attends_nothing(const DecodeParams& params, int token) {
+  if (params.requests == 0) return true;
+  int request = min(divide(token, params.max_query_len), params.requests - 1);
+  int begin = params.query_start_loc[request], end = params.query_start_loc[request + 1], seq_len = params.seq_lens[request];
+  if (token < begin || token >= end) {
+    request = find_owner(params.query_start_loc, params.requests, token);
+    end = params.query_start_loc[request + 1], seq_len = params.seq_lens[request];
+  }
+  return token >= end || seq_len == 0;
+}
+
+// Clear the rows of every so many-th token that attends to nothing. Called by a warp of each block.
+template <typename Element>
+__device__ __forceinline__ void clear_rows(const DecodeParams& params) {
+  const int lane = threadIdx.x % 32, blocks = gridDim.x * gridDim.y;
+  for (int first = blockIdx.y * gridDim.x + blockIdx.x; first < params.tokens; first += 32 * blocks) {
+    const int mine = first + lane * blocks;
+    uint32_t clearing = __ballot_sync(~0u, mine < params.tokens && attends_nothing(params, mine));
+    for (; clearing != 0; clearing &= clearing - 1) {
+      const int64_t token = first + (__ffs(clearing) - 1) * blocks;
+#pragma unroll 1
+      for (int head = 0; head < params.heads; ++head) {
+        Element* to = static_cast<Element*>(params.out) + token * params.out_token_stride + head * params.out_head_stride;
+        for (int column = lane * 4; column < kLatentDim; column += 128) store_four(params, to + column, make_float4(0, 0, 0, 0));
+        if (lane == 0 && params.lse != nullptr) {
+          params.lse[token * params.lse_token_stride + head * params.lse_head_stride] = -INFINITY;
+        }
+      }
+    }
+  }
+}
+
+// The units of a part's request that its thread blocks combine, as many for each part as for any other.
+struct Job {
+  Parts parts = {};
+  int first_unit = 0, last_unit = 0;
+
+  // The first part of a worker's share or its last.
+  __device__ __forceinline__ Job(const DecodeParams& params, const Share& share, bool last) {
+    parts.count = last ? share.last_parts : share.parts;
+    if (parts.count == 0) return;
+    const int request = last ? share.last_request : share.request, part = last ? 0 : share.part;
+    parts.first_slot = last ? share.slot + (share.parts > 0) : share.slot - part;
+    parts.first_token = params.query_start_loc[request];
+    const int units = (params.query_start_loc[request + 1] - parts.first_token) * params.heads * kRowUnits;
+    const int blocks = parts.count * gridDim.y, block = part * gridDim.y + blockIdx.y;
+    const int units_of_block = divide(units + blocks - 1, blocks);
+    first_unit = block * units_of_block, last_unit = min(first_unit + units_of_block, units);
+  }
+};
+
+// Thread blocks [workers, any number].
+template <typename Element>
+__global__ void __launch_bounds__(kCombineThreads, 4) combine_kernel(const __grid_constant__ DecodeParams params) {
+  // Everything up to the wait, before parts are read, depends on the schedule only. That is there: the decode kernel itself
+  // starts when all before it is done.
+  const Share share = params.shares[blockIdx.x];
+  Job job(params, share, share.parts == 0);
+  if (threadIdx.x / 32 == kCombineThreads / 32 - 1) clear_rows<Element>(params);
+#pragma unroll 1
+  for (bool more = share.parts > 0 && share.last_parts > 0;; more = false) {
+    const Combiner<Element> combiner(params, job.parts);
+    if (const int units = job.last_unit - job.first_unit; units <= 0) {
+    } else if (units <= kTeams) {
+      combiner.by_several_teams_each(job.first_unit, job.last_unit, __clz(units - 1) - __clz(kTeams - 1));
+    } else if (job.parts.count <= 2) {
+      combiner.template by_one_team_each<4, 2>(job.first_unit, job.last_unit);
+    } else {
+      combiner.template by_one_team_each<2, 4>(job.first_unit, job.last_unit);
+    }
+    if (!more) break;
+    job = Job(params, share, true);
+    __syncthreads();  // what several teams add up lies in shared memory
+  }
+  // Those without a part, too, or the next kernel might start when this one is done and the decode kernel is not.
+  ptx::wait_for_previous_kernel();
 }
 
 }  // namespace mla_backend::sm90

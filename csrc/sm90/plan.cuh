@@ -105,22 +105,38 @@ __global__ void __launch_bounds__(kPlanThreads)
   }
   __syncthreads();
 
-  int worker = thread, begin = 0, tiles = whole_tiles[thread];
-  if constexpr (!kBatchInvariant) {
-    // A share that begins inside a request begins with that of the last worker before it where a request begins.
-    Scan(storage).InclusiveScan(first_request[thread] == kNobody ? 0 : thread, worker,
-                                [](int a, int b) { return max(a, b); });
-    begin = division.begin(thread), tiles = division.begin(thread + 1) - begin;
-  }
-  if (thread >= most_workers) return;
   Share share = {};
-  if (tiles > 0) {
-    const Beginning from = beginnings[worker];
-    const int first_tile = kBatchInvariant ? 0 : begin - from.first_tile;
-    const int slot = kBatchInvariant ? 0 : from.slot + thread - division.worker_of(from.first_tile);
-    share = {from.request, first_tile, tiles, slot, from.seq_len, division.total, {}};
+  share.step_is_small = division.total < kSmallStep;
+  if constexpr (kBatchInvariant) {
+    if (share.tiles = whole_tiles[thread]; share.tiles > 0) {
+      share.request = beginnings[thread].request, share.seq_len = beginnings[thread].seq_len;
+    }
+  } else {
+    // A share that begins inside a request begins with that of the last worker before it where a request begins.
+    __shared__ int begins_as[kPlanThreads + 1];
+    Scan(storage).InclusiveScan(first_request[thread] == kNobody ? 0 : thread, begins_as[thread],
+                                [](int a, int b) { return max(a, b); });
+    __syncthreads();
+    const auto workers_of = [&](const Beginning& of) {
+      const int tiles = (of.seq_len - 1) / kTileTokens + 1;
+      return division.worker_of(of.first_tile + tiles - 1) - division.worker_of(of.first_tile) + 1;
+    };
+    const int begin = division.begin(thread), end = division.begin(thread + 1);
+    if (share.tiles = end - begin; share.tiles > 0) {
+      const Beginning first = beginnings[begins_as[thread]];
+      share.request = first.request, share.first_tile = begin - first.first_tile, share.seq_len = first.seq_len;
+      const int part = thread - division.worker_of(first.first_tile), parts = workers_of(first);
+      share.slot = first.slot + part;
+      if (parts > 1) share.part = part, share.parts = parts;
+      if (end < division.total) {
+        const Beginning next = beginnings[begins_as[thread + 1]];  // what the next share begins with
+        if (next.request != first.request && next.first_tile < end) {
+          share.last_request = next.request, share.last_parts = workers_of(next);
+        }
+      }
+    }
   }
-  shares[thread] = share;
+  if (thread < most_workers) shares[thread] = share;
 }
 
 }  // namespace mla_backend::sm90

@@ -20,6 +20,19 @@ __device__ __forceinline__ void store_shared(uint32_t address, uint4 value) {
                : "memory");
 }
 
+// Loads that are asked for in this order, whatever is needed first.
+__device__ __forceinline__ void load_if(bool condition, float& value, const float* from) {
+  asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %2, 0;\n@p ld.global.f32 %0, [%1];\n}\n"
+               : "+f"(value)
+               : "l"(from), "r"(static_cast<int>(condition)));
+}
+
+__device__ __forceinline__ void load_if(bool condition, float4& value, const float4* from) {
+  asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %5, 0;\n@p ld.global.v4.f32 {%0, %1, %2, %3}, [%4];\n}\n"
+               : "+f"(value.x), "+f"(value.y), "+f"(value.z), "+f"(value.w)
+               : "l"(from), "r"(static_cast<int>(condition)));
+}
+
 // --- mbarrier -------------------------------------------------------------------------------------------------------
 
 __device__ __forceinline__ void mbarrier_init(uint64_t* barrier, uint32_t arrivals) {

@@ -201,7 +201,7 @@ struct Rows {
   bool whole;
   int first_token;
   int first_row, last_row;  // of this block's rows, and past them
-  int64_t first_partial_row;
+  int first_partial_row;
 
   __device__ Rows(const DecodeParams& params, const Piece& piece, int row_block)
       : params(params),
@@ -218,7 +218,7 @@ struct Rows {
   }
 
   __device__ __forceinline__ float* partial_out(int row) const {
-    return params.partial_out + (first_partial_row + row - first_row) * kLatentDim;
+    return params.partial_out + static_cast<int64_t>(first_partial_row + row - first_row) * kLatentDim;
   }
 
   __device__ __forceinline__ void store_lse(int row, float log2_sum) const {

@@ -5,8 +5,6 @@
 
 namespace mla_backend {
 
-constexpr int kFewTiles = 3072;  // 226 MB, four times what the L2 cache holds; with more it gained nothing or lost
-
 // A piece of a request: its tiles first_tile to last_tile (not included), for the query rows of one block.
 struct Piece {
   int request;
@@ -37,7 +35,7 @@ class Pieces {
   }
 
   // Whether the step reads each tile once and not many of them, so that the L2 cache had better keep what it has.
-  __device__ bool read_little_once() const { return params_.row_blocks == 1 && share_.all_tiles < kFewTiles; }
+  __device__ bool read_little_once() const { return params_.row_blocks == 1 && share_.step_is_small; }
 
   // The next piece, but for its queries.
   __device__ bool take(Piece& piece) {
@@ -78,8 +76,8 @@ class Pieces {
 };
 
 // Index of row 0 of a partial result.
-__device__ __forceinline__ int64_t partial_row(const DecodeParams& params, int slot, int row_block) {
-  return (static_cast<int64_t>(slot) * params.row_blocks + row_block) * params.block_rows;
+__device__ __forceinline__ int partial_row(const DecodeParams& params, int slot, int row_block) {
+  return (slot * params.row_blocks + row_block) * params.block_rows;
 }
 
 }  // namespace mla_backend

@@ -63,7 +63,7 @@ def test_every_tile_is_given_once_and_evenly(heads: int, max_query_len: int, bat
         shares, splits = plan(seq_lens, heads, max_query_len, batch_invariant)
         assert 1 <= len(shares) <= multiprocessors
 
-        slots = 0
+        slots, expected = 0, [[0, 0, 0, 0] for _ in shares]  # last request, part | parts, last parts
         for request, mine in enumerate(pieces_of_requests(shares, tiles)):
             assert [first for _, first, _, _ in mine] == [0, *(last for _, _, last, _ in mine)][: len(mine)]
             assert (mine[-1][2] if mine else 0) == tiles[request]
@@ -72,11 +72,19 @@ def test_every_tile_is_given_once_and_evenly(heads: int, max_query_len: int, bat
             assert parts == ([] if len(mine) <= 1 else list(range(slots, slots + len(mine))))
             assert splits[request : request + 2] == [slots, slots + len(parts)]
             slots += len(parts)
+            for part, (worker, *_) in enumerate(mine if parts else []):
+                if shares[worker][0] == request:
+                    expected[worker][1:3] = [part, len(parts)]
+                else:
+                    expected[worker][0], expected[worker][3] = request, len(parts)
+        for share, (last_request, part, parts_of_first, last_parts) in zip(shares, expected, strict=True):
+            assert share[5:7] == [last_request, part | parts_of_first << 16]
+            assert share[7] == last_parts | (sum(tiles) < 3072) << 16
         assert slots <= 2 * len(shares)
 
         given, total = [share[2] for share in shares if share[2]], sum(tiles)
         assert sum(given) == total
-        assert all(share[5] == total and share[4] == seq_lens[share[0]] for share in shares if share[2])
+        assert all(share[4] == seq_lens[share[0]] for share in shares if share[2])
         if batch_invariant or not total:
             continue
         if len(set(tiles)) == 1 and len(tiles) <= len(given):  # equally many workers for each

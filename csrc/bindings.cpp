@@ -92,11 +92,17 @@ void check_heads(int64_t heads, const char* of) {
   STD_TORCH_CHECK(1 <= heads && heads <= kMaxHeads, "mla_decode: ", of, " has ", heads, " heads, wanted 1 to ", kMaxHeads);
 }
 
+void check_queries(int64_t max_query_len) {
+  STD_TORCH_CHECK(0 <= max_query_len && max_query_len <= kMaxTokens, "mla_decode: max_query_len is ", max_query_len,
+                  ", wanted 0 to ", kMaxTokens);
+}
+
 int64_t plan(const Tensor& seq_lens, int64_t heads, int64_t max_query_len, bool batch_invariant, Tensor& shares,
              Tensor& splits) {
   const Device device = seq_lens.device();
   check("seq_lens", seq_lens, device, ScalarType::Int, {kAny});
   check_heads(heads, "the schedule");
+  check_queries(max_query_len);
   check_schedule(shares, splits, device, seq_lens.size(0));
 
   const torch::stable::accelerator::DeviceGuard guard(device.index());
@@ -121,6 +127,7 @@ void mla_decode(const Tensor& q_nope, const Tensor& q_pe, const Tensor& kv_cache
   check_heads(heads, "q_nope");
   STD_TORCH_CHECK(heads == planned_heads, "mla_decode: q_nope has ", heads, " heads, wanted ", planned_heads,
                   ", those of the schedule");
+  check_queries(max_query_len);
   STD_TORCH_CHECK(tokens <= kMaxTokens, "mla_decode: q_nope has ", tokens, " tokens, wanted at most ", kMaxTokens);
   check("q_pe", q_pe, device, type, {tokens, heads, kRopeDim});
   STD_TORCH_CHECK(!kv_scale.has_value(), "mla_decode: kv_scale is given, wanted none");

@@ -53,22 +53,22 @@ CUtensorMap encode(CUtensorMapDataType type, const void* data, int64_t columns, 
 }
 
 // The decode kernels, and what each means for the schedule: how many query rows of a request a worker attends at a time, how many
-// thread blocks a worker is, and how many tiles make a share worth a partial result. One request of 4096 tokens takes 12.4 us in
-// shares of one tile and 13.2 in shares of two with 16 heads, and 24.6 and 21.6 with 128.
+// thread blocks a worker is, and the numbers of sm90::PlanParams, as measured (docs/performance/notes.md, "What shares cost").
 enum class Kernel { kNarrow16, kNarrow32, kWide64, kWide128 };
 
 struct Choice {
   Kernel kernel;
-  int rows, cluster, least_share;
+  int rows, cluster;
+  int least_share, begin_cost, uneven_cost;
 };
 
 constexpr Choice kChoices[] = {
     // Few rows: bytes decide, and padding rows to 64 would only keep tiles in shared memory for longer.
-    {Kernel::kNarrow16, 16, 1, 1},
-    {Kernel::kNarrow32, 32, 1, 1},
+    {Kernel::kNarrow16, 16, 1, 1, 1, 2},
+    {Kernel::kNarrow32, 32, 1, 1, 1, 2},
     // A thread block has registers for the results of 64 rows and half of the columns.
-    {Kernel::kWide64, 64, 2, 2},
-    {Kernel::kWide128, 128, 2, 2},
+    {Kernel::kWide64, 64, 2, 2, 3, 8},
+    {Kernel::kWide128, 128, 2, 2, 3, 8},
 };
 
 // How a request's query rows are handled: by which kernel, in how many blocks of how many tokens.
@@ -171,6 +171,7 @@ void launch_decode(const DecodeParams& params, bool batch_invariant, const Cache
 }
 
 int64_t partial_rows(int workers, int heads, int max_query_len, bool batch_invariant) {
+  if (workers == 1) return 0;  // nothing is split
   const Blocks blocks(heads, max_query_len, batch_invariant);
   return int64_t{2} * workers * blocks.count * blocks.tokens * heads;
 }
@@ -180,7 +181,9 @@ int launch_plan(const int32_t* seq_lens, int requests, int heads, int max_query_
   const Blocks blocks(heads, max_query_len, batch_invariant);
   const int workers = std::max(1, std::min(multiprocessors, sm90::kPlanThreads) / (blocks.count * blocks.choice.cluster));
   const auto kernel = batch_invariant ? sm90::plan_kernel<true> : sm90::plan_kernel<false>;
-  kernel<<<1, sm90::kPlanThreads, 0, stream>>>(seq_lens, requests, workers, blocks.choice.least_share, shares, splits);
+  const Choice& choice = blocks.choice;
+  const sm90::PlanParams params = {seq_lens, requests, workers, choice.least_share, choice.begin_cost, choice.uneven_cost};
+  kernel<<<1, sm90::kPlanThreads, 0, stream>>>(params, shares, splits);
   check("plan kernel", cudaGetLastError());
   return workers;
 }

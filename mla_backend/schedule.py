@@ -46,7 +46,7 @@ class DecodeSchedule:
     """The work of one decode step, divided evenly; computed once per step and reused by every layer.
 
     Lay the tiles of all requests end to end, each of `TILE_TOKENS` cached tokens. The kernel's workers, one or two
-    multiprocessors each, divide the sum into nearly equal shares, in the order of the tiles (csrc/sm90/plan.cuh says
+    multiprocessors each, divide them in this order into shares that cost nearly the same (csrc/sm90/plan.cuh says
     how). A worker may so cross from one request into the next, and a request may be split over several workers, whose
     partial results are combined. The CPU has no workers.
 
@@ -85,7 +85,7 @@ class DecodeSchedule:
         Args:
             seq_lens: [requests] int32, cached tokens per request.
             heads: query heads, 1 to 128.
-            max_query_len: upper bound on a request's query tokens.
+            max_query_len: upper bound on a request's query tokens; at most 65535 on a GPU.
             max_seq_len: upper bound on `seq_lens`.
             batch_invariant: see `DecodeSchedule`.
             buffers: where the schedule is written, so that its addresses outlive the step (a CUDA graph replays with
@@ -93,8 +93,8 @@ class DecodeSchedule:
 
         Raises:
             ValueError: there are more requests than `buffers` has room for.
-            RuntimeError: `seq_lens` is no int32 tensor, or there are no such numbers of heads, where the compiled
-                kernels make the schedule.
+            RuntimeError: `seq_lens` is no int32 tensor, or there are no such numbers of heads or query tokens, where
+                the compiled kernels make the schedule.
         """
         requests = seq_lens.shape[0]
         if buffers is None:

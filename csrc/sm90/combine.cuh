@@ -16,8 +16,8 @@ __device__ __forceinline__ int divide(int a, int b) {
   return a < 1 << 20 ? __float2int_rz(__fdividef(a + 0.5f, b)) : a / b;
 }
 
-// Index of the last entry of the ascending `starts` [count + 1] that is <= value, so that value lies in
-// starts[i]:starts[i + 1].
+// Index of the last entry of the ascending `starts` [count + 1] that is <= value, so that value lies in starts[i]:starts[i + 1];
+// 0 if all are larger.
 __device__ __forceinline__ int find_owner(const int32_t* starts, int count, int value) {
   int low = 0, high = count;  // starts[low] <= value < starts[high]
   while (high - low > 1) {
@@ -202,9 +202,9 @@ __device__ __forceinline__ bool attends_nothing(const DecodeParams& params, int 
   int begin = params.query_start_loc[request], end = params.query_start_loc[request + 1], seq_len = params.seq_lens[request];
   if (token < begin || token >= end) {
     request = find_owner(params.query_start_loc, params.requests, token);
-    end = params.query_start_loc[request + 1], seq_len = params.seq_lens[request];
+    begin = params.query_start_loc[request], end = params.query_start_loc[request + 1], seq_len = params.seq_lens[request];
   }
-  return token >= end || seq_len == 0;
+  return token < begin || token >= end || seq_len == 0;
 }
 
 // Clear the rows of every so many-th token that attends to nothing. Called by a warp of each block.

@@ -1,13 +1,14 @@
 // The split schedule of a step, from the requests' lengths alone: one small launch, no host synchronisation.
 //
-// Lay the tiles of all requests end to end. Worker w of W gets the w-th of W nearly equal shares, or fewer workers do where
-// the shares would be too small to be worth a partial result. A share may begin and end inside a request, so a worker handles a
-// few pieces of requests; of these only the first and the last can be a part of their request, so that there are at most two
-// partial results for each worker. Those of a request follow each other in the order of its tiles.
+// Lay the costs of all requests end to end: one for each tile, after what it costs a worker to begin a request. Worker w of W gets
+// the tiles in the w-th of W nearly equal shares, or fewer workers do where the shares would be too small to be worth a partial
+// result. A share may begin and end inside a request, so a worker handles a few pieces of requests; of these only the first and
+// the last can be a part of their request, so that there are at most two partial results for each worker. Those of a request
+// follow each other in the order of its tiles. A share that would begin just after a request's beginning begins with the request.
 //
-// Requests of equal length get equally many workers each: to leave a few idle costs less than to let most of them begin anew in
-// the middle of their share. In a batch-invariant schedule no request is split: the worker with a request's first tile has all
-// of it.
+// Requests of equal length get equally many workers each, unless too many would be idle: to leave a few idle costs less than to let
+// most of them begin anew in the middle of their share. In a batch-invariant schedule no request is split: the worker with a
+// request's beginning has all of it.
 #pragma once
 
 #include <climits>
@@ -19,41 +20,61 @@ namespace mla_backend::sm90 {
 
 constexpr int kPlanThreads = 1024;
 
-// How tiles are divided among workers.
+// What the plan depends on beside the lengths. Costs are in tiles.
+struct PlanParams {
+  const int32_t* seq_lens;
+  int requests;
+  int workers;      // at most
+  int least_share;  // as many workers as have this on average
+  int begin_cost;   // of a request
+  int uneven_cost;  // of shares that begin anywhere in requests of equal length
+};
+
+// How cost is divided among workers.
 struct Division {
   int total, quotient, remainder;
-  int length = 0, parts = 0;  // with requests of equal length: their tiles, and workers for each
+  int length = 0, parts = 0;  // where requests of equal length get equally many workers: their tiles, and workers for each
 
-  // First tile of a worker's share; of workers that get nothing, past the last tile.
+  // Where a worker's share begins; those of workers that get nothing, at the end.
   __device__ int begin(int worker) const {
     if (parts == 0) return min(worker * quotient + min(worker, remainder), total);
     const int request = worker / parts;
     return min(request * length + (worker - request * parts) * length / parts, total);
   }
 
-  __device__ int worker_of(int tile) const {
-    if (parts > 0) return tile / length * parts + ((tile % length + 1) * parts - 1) / length;
+  __device__ int worker_of(int position) const {
+    if (parts > 0) return position / length * parts + ((position % length + 1) * parts - 1) / length;
     const int larger = remainder * (quotient + 1);
-    return tile < larger ? tile / (quotient + 1) : remainder + (tile - larger) / quotient;
+    return position < larger ? position / (quotient + 1) : remainder + (position - larger) / quotient;
   }
 };
 
-// The request that a share begins with: its number, first tile among all tiles, length, and first partial result.
+// The request that a share begins with: its number and length, where its first tile is in cost and in tiles, its first partial
+// result.
 struct Beginning {
-  int request, first_tile, seq_len, slot;
+  int request, seq_len;
+  int position, tile;
+  int slot;
+
+  __device__ int tiles() const { return (seq_len - 1) / kTileTokens + 1; }
+  __device__ int tiles_before(int at) const { return tile + max(0, at - position); }
+  __device__ int first_worker(const Division& division) const { return division.worker_of(position); }
+  __device__ int workers(const Division& division) const {
+    return division.worker_of(position + tiles() - 1) - first_worker(division) + 1;
+  }
 };
 
 template <bool kBatchInvariant>
-__global__ void __launch_bounds__(kPlanThreads)
-    plan_kernel(const int32_t* seq_lens, int requests, int most_workers, int least_share, Share* shares, int32_t* splits) {
+__global__ void __launch_bounds__(kPlanThreads) plan_kernel(PlanParams params, Share* shares, int32_t* splits) {
   using Scan = cub::BlockScan<int, kPlanThreads>;
   constexpr int kNobody = kBatchInvariant ? INT_MAX : -1;
   __shared__ typename Scan::TempStorage storage;
   __shared__ int first_request[kPlanThreads];  // of the share of the worker with the thread's number
   __shared__ Beginning beginnings[kPlanThreads];
   __shared__ int whole_tiles[kPlanThreads];  // of the worker's requests, where none is split
-  const int thread = threadIdx.x;
-  const auto tiles_of = [&](int request) { return request < requests ? (seq_lens[request] + kTileTokens - 1) / kTileTokens : 0; };
+  const int thread = threadIdx.x, requests = params.requests;
+  const auto length_of = [&](int request) { return request < requests ? params.seq_lens[request] : 0; };
+  const auto tiles_of = [](int seq_len) { return (seq_len + kTileTokens - 1) / kTileTokens; };
   const auto sum_before = [&](int value, int& sum) {
     int before;
     Scan(storage).ExclusiveSum(value, before, sum);
@@ -61,39 +82,47 @@ __global__ void __launch_bounds__(kPlanThreads)
     return before;
   };
 
-  Division division = {};
+  int all_tiles = 0, begun = 0;  // requests with tiles
   bool equal = true;
-  const int length = tiles_of(0);
+  const int length = tiles_of(length_of(0));
   for (int first = 0; first < requests; first += kPlanThreads) {
-    const int request = first + thread, tiles = tiles_of(request);
+    const int request = first + thread, tiles = tiles_of(length_of(request));
     int sum;
     sum_before(tiles, sum);
-    division.total += sum;
+    all_tiles += sum, begun += __syncthreads_count(tiles > 0);
     equal &= __syncthreads_and(request >= requests || tiles == length);
   }
-  const int workers = max(1, min(most_workers, division.total / least_share));
+  const int workers = max(1, min(params.workers, all_tiles / params.least_share));
+  Division division = {};
+  int begin_cost = params.begin_cost;
+  if (const int parts = workers / max(1, requests);
+      equal && parts > 0 && (length + parts - 1) / parts <= all_tiles / workers + params.uneven_cost) {
+    division.length = length, division.parts = parts, begin_cost = 0;
+  }
+  division.total = all_tiles + begun * begin_cost;
   division.quotient = division.total / workers, division.remainder = division.total % workers;
-  if (equal && length > 0 && requests <= workers) division.length = length, division.parts = workers / requests;
 
   first_request[thread] = kNobody, whole_tiles[thread] = 0;
   if (thread == 0) splits[0] = 0;
   __syncthreads();
-  int tiles_before = 0, splits_before = 0;  // of the requests of earlier rounds
+  int tiles_before = 0, begun_before = 0, splits_before = 0;  // of the requests of earlier rounds
   for (int first = 0; first < requests; first += kPlanThreads) {
-    const int request = first + thread, tiles = tiles_of(request);
+    const int request = first + thread, seq_len = length_of(request), tiles = tiles_of(seq_len);
     int tiles_sum, splits_sum;
-    const int begin = tiles_before + sum_before(tiles, tiles_sum);
-    const int first_worker = tiles > 0 ? division.worker_of(begin) : 0;
-    const int workers_of_it = tiles > 0 && !kBatchInvariant ? division.worker_of(begin + tiles - 1) - first_worker + 1 : 1;
-    const int parts = workers_of_it > 1 ? workers_of_it : 0;
-    const int slot = splits_before + sum_before(parts, splits_sum);
-    if (request < requests) splits[request + 1] = slot + parts;
-    tiles_before += tiles_sum, splits_before += splits_sum;
+    const int tile = tiles_before + sum_before(tiles, tiles_sum);
+    int begun_sum;
+    const int begin = tile + (begun_before + sum_before(tiles > 0, begun_sum)) * begin_cost;
+    Beginning own = {request, seq_len, begin + begin_cost, tile, 0};
+    const int own_workers = tiles > 0 && !kBatchInvariant ? own.workers(division) : 1, parts = own_workers > 1 ? own_workers : 0;
+    own.slot = splits_before + sum_before(parts, splits_sum);
+    if (request < requests) splits[request + 1] = own.slot + parts;
+    tiles_before += tiles_sum, begun_before += begun_sum, splits_before += splits_sum;
 
-    // The first worker whose share begins with this request's first tile or later, and so with the last such request; or the one
-    // that has all of it, and begins with the first such request.
-    const int worker = kBatchInvariant || begin == 0 ? first_worker : division.worker_of(begin - 1) + 1;
-    const bool begins = tiles > 0 && worker < most_workers;
+    // A share begins with the last request that begins before it, so a request announces itself to the first worker whose share
+    // begins after it, and the last one is heard. Where none is split, to the worker that has it, and the first one is heard.
+    int worker = params.workers;
+    if (tiles > 0) worker = kBatchInvariant ? division.worker_of(begin) : begin == 0 ? 0 : division.worker_of(begin - 1) + 1;
+    const bool begins = worker < params.workers;
     if (begins && kBatchInvariant) {
       atomicMin(&first_request[worker], request);
       atomicAdd(&whole_tiles[worker], tiles);
@@ -101,12 +130,12 @@ __global__ void __launch_bounds__(kPlanThreads)
       atomicMax(&first_request[worker], request);
     }
     __syncthreads();
-    if (begins && first_request[worker] == request) beginnings[worker] = {request, begin, seq_lens[request], slot};
+    if (begins && first_request[worker] == request) beginnings[worker] = own;
   }
   __syncthreads();
 
   Share share = {};
-  share.step_is_small = division.total < kSmallStep;
+  share.step_is_small = all_tiles < kSmallStep;
   if constexpr (kBatchInvariant) {
     if (share.tiles = whole_tiles[thread]; share.tiles > 0) {
       share.request = beginnings[thread].request, share.seq_len = beginnings[thread].seq_len;
@@ -117,26 +146,24 @@ __global__ void __launch_bounds__(kPlanThreads)
     Scan(storage).InclusiveScan(first_request[thread] == kNobody ? 0 : thread, begins_as[thread],
                                 [](int a, int b) { return max(a, b); });
     __syncthreads();
-    const auto workers_of = [&](const Beginning& of) {
-      const int tiles = (of.seq_len - 1) / kTileTokens + 1;
-      return division.worker_of(of.first_tile + tiles - 1) - division.worker_of(of.first_tile) + 1;
-    };
     const int begin = division.begin(thread), end = division.begin(thread + 1);
-    if (share.tiles = end - begin; share.tiles > 0) {
+    if (begin < end) {
       const Beginning first = beginnings[begins_as[thread]];
-      share.request = first.request, share.first_tile = begin - first.first_tile, share.seq_len = first.seq_len;
-      const int part = thread - division.worker_of(first.first_tile), parts = workers_of(first);
+      const bool is_last = end == division.total;
+      const Beginning next = is_last ? Beginning{} : beginnings[begins_as[thread + 1]];  // what the next share begins with
+      share.tiles = (is_last ? all_tiles : next.tiles_before(end)) - first.tiles_before(begin);
+      share.request = first.request, share.seq_len = first.seq_len;
+      share.first_tile = first.tiles_before(begin) - first.tile;
+      const int part = thread - first.first_worker(division), parts = first.workers(division);
       share.slot = first.slot + part;
       if (parts > 1) share.part = part, share.parts = parts;
-      if (end < division.total) {
-        const Beginning next = beginnings[begins_as[thread + 1]];  // what the next share begins with
-        if (next.request != first.request && next.first_tile < end) {
-          share.last_request = next.request, share.last_parts = workers_of(next);
-        }
+      if (!is_last && next.request != first.request && next.position < end) {
+        share.last_request = next.request, share.last_parts = next.workers(division);
       }
     }
+    if (share.tiles == 0) share = {}, share.step_is_small = all_tiles < kSmallStep;
   }
-  if (thread < most_workers) shares[thread] = share;
+  if (thread < params.workers) shares[thread] = share;
 }
 
 }  // namespace mla_backend::sm90

@@ -31,7 +31,7 @@ class Pieces {
   // Look up where the share of a worker begins.
   __device__ void find(int worker) {
     share_ = params_.shares[worker];
-    look_ahead();
+    if (share_.tiles > 0) look_ahead();  // else there may be no request at all
   }
 
   // Whether the step reads each tile once and not many of them, so that the L2 cache had better keep what it has.

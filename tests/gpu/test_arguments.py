@@ -239,6 +239,21 @@ def test_too_little_room_for_partial_results() -> None:
         torch.ops.mla_backend.mla_decode(**arguments)
 
 
+@pytest.mark.parametrize(
+    ("heads", "queries", "message"),
+    [
+        (0, 1, "the schedule has 0 heads, wanted 1 to 128"),
+        (129, 1, "the schedule has 129 heads, wanted 1 to 128"),
+        (128, 1 << 25, "max_query_len is 33554432, wanted 0 to 65535"),
+        (16, -1, "max_query_len is -1, wanted 0 to 65535"),
+    ],
+)
+def test_the_plan_names_wrong_numbers(heads: int, queries: int, message: str) -> None:
+    lengths = torch.ones(2, dtype=torch.int32, device="cuda")
+    with pytest.raises(RuntimeError, match=message):
+        DecodeSchedule.plan(lengths, heads=heads, max_query_len=queries, max_seq_len=1)
+
+
 def test_the_plan_names_wrong_lengths() -> None:
     with pytest.raises(RuntimeError, match="seq_lens is Long, wanted Int"):
         DecodeSchedule.plan(torch.ones(2, dtype=torch.int64, device="cuda"), heads=16, max_query_len=1, max_seq_len=1)

@@ -232,6 +232,25 @@ def test_a_cache_of_more_than_four_gigabytes() -> None:
     torch.testing.assert_close(out.float(), expected, rtol=1 / 64, atol=8e-4)
 
 
+@pytest.mark.parametrize("heads", [16, 64, 128])
+def test_without_requests_all_rows_are_cleared(heads: int) -> None:
+    check(Step([], [], heads, padding_rows=3))
+
+
+def test_rows_before_the_first_request_are_cleared() -> None:
+    step = Step([70, 300], [1, 2], 16, padding_rows=4).arguments()
+    step["query_start_loc"] += 2
+    expected, _ = reference(step)
+    out, lse = mla_decode(**step, out=torch.full_like(step["q_nope"], torch.nan), return_lse=True)
+    torch.testing.assert_close(out.float(), expected, rtol=1 / 64, atol=8e-4)
+    assert (lse[[0, 1, 5, 6]] == -torch.inf).all()
+
+
+@pytest.mark.parametrize(("heads", "queries"), [(128, 100), (16, 700)])
+def test_more_query_rows_than_there_is_room_for_in_partial_results(heads: int, queries: int) -> None:
+    check(Step([queries + 50, 3], [queries, 1], heads))
+
+
 @pytest.mark.parametrize(("queries", "heads"), [(5, 43), (4, 65), (16, 40)])
 def test_flash_mla_drop_in_with_rows_that_fill_no_block(queries: int, heads: int) -> None:
     """The plan knows only their product, and so neither how many blocks of rows there are nor how full they are."""

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from itertools import pairwise
+from typing import Any
 
 import pytest
 
@@ -13,7 +14,7 @@ from mla_backend.bench.contenders import OURS
 from mla_backend.bench.engine import covered
 from mla_backend.bench.main import print_slower
 from mla_backend.bench.measure import Row, Timing
-from mla_backend.bench.report import cliffs, interpolated
+from mla_backend.bench.report import cliffs, interpolated, one_layer
 from mla_backend.bench.shapes import DEFAULT, LINES, MOST_TOKENS, anywhere, uniform
 
 
@@ -29,6 +30,26 @@ def test_time_in_which_kernels_overlap_counts_once() -> None:
     assert covered([(5, 6), (0, 2), (1, 3)]) == 4
     assert covered([(0, 10), (2, 3), (10, 11)]) == 11
     assert covered([]) == 0
+
+
+def test_a_typical_layer_is_found_in_a_trace() -> None:
+    def kernel(name: str, begin: float, takes: float) -> dict[str, Any]:
+        return {"ph": "X", "cat": "kernel", "name": name, "ts": begin, "dur": takes}
+
+    begins = [100, 111, 120, 130, 170]  # the fourth layer ends a step
+    events = [kernel("ours::plan", 90, 2), {"ph": "M", "name": "a remark"}]
+    for begin in begins:
+        events += [
+            kernel("ours::combine", begin + 1, 4),
+            kernel("ours::decode", begin, 3),
+            kernel("gemm", begin + 6, 2),
+        ]
+    events.append({"ph": "X", "cat": "cuda_runtime", "name": "cudaEventSynchronize", "ts": 0, "dur": 500})
+    found, begin, end = one_layer(events, "ours::")
+    assert (begin, end) == (100, 111)
+    assert [e["name"] for e in found] == ["cudaEventSynchronize", "ours::decode", "ours::combine", "gemm"]
+    with pytest.raises(ValueError, match="no two kernels of the trace are called theirs"):
+        one_layer(events, "theirs")
 
 
 def test_random_shapes() -> None:

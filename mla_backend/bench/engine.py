@@ -30,7 +30,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from mla_backend import has_compiled_kernels
-from mla_backend.bench.report import about
+from mla_backend.bench.report import about, draw_layer
 from mla_backend.dimensions import HEAD_DIM
 
 OURS = "HOPPER_MLA"
@@ -192,12 +192,13 @@ def covered(spans: Iterable[tuple[float, float]]) -> float:
 
 
 def profile_steps(step: Callable[[], None], row: Row, trace: Path | None) -> None:
-    """Fill in what `row` says of the GPU, from a few steps, and write their Chrome trace to `trace`."""
+    """Fill in what `row` says of the GPU, from a few steps; write their Chrome trace and a picture of it."""
     with profile(activities=[ProfilerActivity.CUDA]) as profiler:
         for _ in range(PROFILED):
             step()
     if trace:
         profiler.export_chrome_trace(str(trace))
+        draw_layer(trace.with_suffix(".png"), trace, ATTENTION_KERNELS[row.backend])
     spans: dict[str, list[tuple[float, float]]] = {}
     for event in profiler.events() or ():
         if event.device_type.name == "CUDA":
@@ -261,7 +262,11 @@ def main() -> None:
     )
     parser.add_argument("--all", action="store_true", help="long caches and many requests too")
     parser.add_argument("--kernels", action="store_true", help="print the kernels that take the most time")
-    parser.add_argument("--trace", type=Path, help="folder for a Chrome trace per backend and shape (default: none)")
+    parser.add_argument(
+        "--trace",
+        type=Path,
+        help="folder for Chrome traces and pictures of a layer, per backend and shape (default: none)",
+    )
     options = parser.parse_args()
     if not torch.cuda.is_available():
         raise SystemExit("mla-bench-engine: no GPU was found, and there is nothing to measure without one.")

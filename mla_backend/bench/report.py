@@ -5,10 +5,14 @@ from __future__ import annotations
 import json
 import math
 import platform
+import re
 import subprocess
+from collections import Counter
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
+from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -100,5 +104,66 @@ def draw(path: Path, rows: list[Row]) -> None:
         axes.grid(alpha=0.3, which="both")
         axes.legend()
     figure.suptitle(f"MLA decode in bf16 on one {torch.cuda.get_device_name()}")
+    figure.tight_layout()
+    figure.savefig(path)
+
+
+def one_layer(events: list[dict[str, Any]], attention: str) -> tuple[list[dict[str, Any]], float, float]:
+    """Find a typical layer in the events of a Chrome trace, from its attention to the next layer's.
+
+    Args:
+        events: of one profile, in any order; times in microseconds.
+        attention: what the names of attention kernels match, a regular expression.
+
+    Returns:
+        The events in it, and when it begins and ends.
+
+    Raises:
+        ValueError: there are no two layers with attention.
+    """
+    spans = sorted((e for e in events if e.get("ph") == "X"), key=lambda e: e["ts"])
+    names = Counter(e["name"] for e in spans if e.get("cat") == "kernel" and re.search(attention, e["name"]))
+    first = names.most_common(1)[0][0] if names else ""  # once for each layer, unlike a plan; the first of equally many
+    layers = list(pairwise(e["ts"] for e in spans if e["name"] == first))
+    if not layers:
+        raise ValueError(f"no two kernels of the trace are called {attention}")
+    begin, end = sorted(layers, key=lambda layer: layer[1] - layer[0])[len(layers) // 2]
+    return [e for e in spans if e["ts"] < end and e["ts"] + e["dur"] > begin], begin, end
+
+
+def draw_layer(path: Path, trace: Path, attention: str) -> None:
+    """A typical layer of a Chrome trace: kernels by stream, those of `attention` in colour, and what the CPU calls."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    events, begin, end = one_layer(json.loads(trace.read_text())["traceEvents"], attention)
+    lanes: dict[str, list[dict[str, Any]]] = {}
+    for event in events:
+        kind = event.get("cat", "")
+        if kind in ("kernel", "gpu_memcpy", "gpu_memset"):
+            lanes.setdefault(f"stream {event['args']['stream']}", []).append(event)
+        elif kind in ("cuda_runtime", "cuda_driver"):
+            lanes.setdefault("CPU", []).append(event)
+    figure, axes = pyplot.subplots(figsize=(14, 1.6 + 0.7 * len(lanes)), dpi=110)
+    colours: dict[str, str] = {}
+    for height, (lane, mine) in enumerate(lanes.items()):
+        for event in mine:
+            colour = "silver" if lane != "CPU" else "whitesmoke"
+            if lane != "CPU" and re.search(attention, event["name"]):
+                name = re.findall(r"\w+(?=[<(]|$)", event["name"])[0]
+                colour = colours.setdefault(name, f"C{len(colours)}")
+            begins_before_last = sum(e["ts"] < event["ts"] < e["ts"] + e["dur"] for e in mine)
+            low = height + 0.25 * min(begins_before_last, 2)  # kernels that overlap
+            axes.broken_barh([(event["ts"] - begin, event["dur"])], (low, 0.5), color=colour, edgecolor="black", lw=0.4)
+            if lane == "CPU":
+                axes.text(1, height + 0.1, event["name"], fontsize=8)
+    axes.set_xlim(-0.02 * (end - begin), end - begin)
+    axes.set_yticks([height + 0.3 for height in range(len(lanes))], list(lanes))
+    axes.set_xlabel("microseconds")
+    handles = [pyplot.Rectangle((0, 0), 1, 1, color=colour, label=name) for name, colour in colours.items()]
+    axes.legend(handles=handles, loc="upper right")
+    axes.set_title(f"one layer of a decode step, {trace.stem}")
     figure.tight_layout()
     figure.savefig(path)

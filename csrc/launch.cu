@@ -154,8 +154,8 @@ void launch(DecodeParams params, const Blocks& blocks, const Cache& cache, CUten
       decode<WideShared<Element, 128>>(decode_wide_kernel<Element, 128>, blocks.choice, params, cache, type, stream);
       break;
   }
-  // As many blocks for all parts as run at a time: two beside each block of a narrow kernel, four after a wide one. Where there are
-  // more blocks of rows than multiprocessors, there is one worker and nothing to combine.
+  // As many blocks for all parts as run at a time: two beside each block of the narrowest kernel, four after a wide one. Where
+  // there are more blocks of rows than multiprocessors, there is one worker and nothing to combine.
   combine<Element>(params, 2 * blocks.choice.cluster * blocks.choice.cluster * std::min(blocks.count, 64), stream);
 }
 

@@ -27,6 +27,16 @@ __device__ __forceinline__ int find_owner(const int32_t* starts, int count, int 
   return low;
 }
 
+// A row of the output and its lse, which there must be.
+template <typename Element>
+__device__ __forceinline__ Element* output_row(const DecodeParams& params, int token, int head) {
+  return static_cast<Element*>(params.out) + token * params.out_token_stride + head * params.out_head_stride;
+}
+
+__device__ __forceinline__ float& output_lse(const DecodeParams& params, int token, int head) {
+  return params.lse[token * params.lse_token_stride + head * params.lse_head_stride];
+}
+
 // Of an output row, from the element at `to` on.
 template <typename Element>
 __device__ __forceinline__ void store_four(const DecodeParams& params, Element* to, float4 value) {
@@ -180,12 +190,10 @@ class Combiner {
     const int row = unit / kRowUnits, column = unit % kRowUnits * kUnitColumns + lane * 4;
     const int query = query_of_row(params, row), token = parts.first_token + query, head = row - query * params.heads;
     if (column == 0 && params.lse != nullptr) {
-      params.lse[token * params.lse_token_stride + head * params.lse_head_stride] =
-          sum.total > 0 ? (sum.peak + ptx::log2(sum.total)) * kLn2 : -INFINITY;
+      output_lse(params, token, head) = sum.total > 0 ? (sum.peak + ptx::log2(sum.total)) * kLn2 : -INFINITY;
     }
     sum.rescale(sum.total > 0 ? ptx::reciprocal(sum.total) : 0);
-    store_four(params, static_cast<Element*>(params.out) + token * params.out_token_stride + head * params.out_head_stride + column,
-               sum.values);
+    store_four(params, output_row<Element>(params, token, head) + column, sum.values);
   }
 
   const DecodeParams& params;
@@ -215,14 +223,12 @@ __device__ __forceinline__ void clear_rows(const DecodeParams& params) {
     const int mine = first + lane * blocks;
     uint32_t clearing = __ballot_sync(~0u, mine < params.tokens && attends_nothing(params, mine));
     for (; clearing != 0; clearing &= clearing - 1) {
-      const int64_t token = first + (__ffs(clearing) - 1) * blocks;
+      const int token = first + (__ffs(clearing) - 1) * blocks;
 #pragma unroll 1
       for (int head = 0; head < params.heads; ++head) {
-        Element* to = static_cast<Element*>(params.out) + token * params.out_token_stride + head * params.out_head_stride;
+        Element* to = output_row<Element>(params, token, head);
         for (int column = lane * 4; column < kLatentDim; column += 128) store_four(params, to + column, make_float4(0, 0, 0, 0));
-        if (lane == 0 && params.lse != nullptr) {
-          params.lse[token * params.lse_token_stride + head * params.lse_head_stride] = -INFINITY;
-        }
+        if (lane == 0 && params.lse != nullptr) output_lse(params, token, head) = -INFINITY;
       }
     }
   }

@@ -238,7 +238,7 @@ __device__ void consume_narrow(const DecodeParams& params, NarrowShared<Element,
 }
 
 // A block is started with as many registers for each thread as if it had kThreads of them. They are few enough to leave room
-// for a block of the combine kernel, which so can look up its work before this kernel is done.
+// for two blocks of the combine kernel, or for one with 32 rows, which so can look up their work before this kernel is done.
 template <int kN>
 struct NarrowRegisters {
   static constexpr int kThreads = kN == 16 ? 640 : 512;            // 96 or 128 registers each

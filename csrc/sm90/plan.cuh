@@ -135,7 +135,6 @@ __global__ void __launch_bounds__(kPlanThreads) plan_kernel(PlanParams params, S
   __syncthreads();
 
   Share share = {};
-  share.step_is_small = all_tiles < kSmallStep;
   if constexpr (kBatchInvariant) {
     if (share.tiles = whole_tiles[thread]; share.tiles > 0) {
       share.request = beginnings[thread].request, share.seq_len = beginnings[thread].seq_len;
@@ -161,8 +160,9 @@ __global__ void __launch_bounds__(kPlanThreads) plan_kernel(PlanParams params, S
         share.last_request = next.request, share.last_parts = next.workers(division);
       }
     }
-    if (share.tiles == 0) share = {}, share.step_is_small = all_tiles < kSmallStep;
+    if (share.tiles == 0) share = {};
   }
+  share.step_is_small = all_tiles < kSmallStep;
   if (thread < params.workers) shares[thread] = share;
 }
 

@@ -191,7 +191,7 @@ __device__ void clear_rows_from(int token, ColumnBlock<Element> (&tile)[kBlocks]
 // What a row's probabilities are relative to, its reference, follows the scores only when they have outgrown it by this
 // power of two: factors up to 256 cost no precision, and the accumulators are hardly ever scaled. (FlashAttention-4 does
 // the same.)
-constexpr float kPatience = 8, kPatienceFactor = 256;
+constexpr float kPatience = 8, kPatienceFactor = 1 << static_cast<int>(kPatience);
 
 // Where the results of a piece go: to the output if it is a whole request, else to its worker's partial results. Rows count
 // from the request's first one.

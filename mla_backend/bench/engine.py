@@ -21,6 +21,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from importlib.util import find_spec
 from itertools import chain
 from multiprocessing import get_context
 from pathlib import Path
@@ -272,6 +273,8 @@ def main() -> None:
         raise SystemExit("mla-bench-engine: no GPU was found, and there is nothing to measure without one.")
     if OURS in options.only and not has_compiled_kernels():
         raise SystemExit("mla-bench-engine: the compiled kernels are not installed; reinstall with MLA_BACKEND_CUDA=1.")
+    if options.trace and find_spec("matplotlib") is None:  # said before minutes of measuring
+        raise SystemExit("mla-bench-engine: --trace draws with matplotlib, which is not there; pip install '.[bench]'.")
     for folder in filter(None, (options.out, options.trace)):
         folder.mkdir(parents=True, exist_ok=True)
 

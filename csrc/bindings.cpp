@@ -13,6 +13,7 @@
 
 #include <algorithm>
 #include <initializer_list>
+#include <limits>
 #include <optional>
 #include <string>
 
@@ -97,19 +98,31 @@ void check_queries(int64_t max_query_len) {
                   ", wanted 0 to ", kMaxTokens);
 }
 
-int64_t plan(const Tensor& seq_lens, int64_t heads, int64_t max_query_len, bool batch_invariant, Tensor& shares,
-             Tensor& splits) {
+void check_lengths(int64_t max_seq_len) {
+  constexpr int kMost = std::numeric_limits<int>::max();
+  STD_TORCH_CHECK(0 <= max_seq_len && max_seq_len <= kMost, "mla_decode: max_seq_len is ", max_seq_len, ", wanted 0 to ", kMost);
+}
+
+// Of numbers that were checked.
+StepBounds bounds_of(int64_t requests, int64_t heads, int64_t max_query_len, int64_t max_seq_len, bool batch_invariant) {
+  return {static_cast<int>(requests), static_cast<int>(heads), static_cast<int>(max_query_len),
+          static_cast<int>(max_seq_len), batch_invariant};
+}
+
+int64_t plan(const Tensor& seq_lens, int64_t heads, int64_t max_query_len, int64_t max_seq_len, bool batch_invariant,
+             Tensor& shares, Tensor& splits) {
   const Device device = seq_lens.device();
   check("seq_lens", seq_lens, device, ScalarType::Int, {kAny});
   check_heads(heads, "the schedule");
   check_queries(max_query_len);
+  check_lengths(max_seq_len);
   check_schedule(shares, splits, device, seq_lens.size(0));
 
   const torch::stable::accelerator::DeviceGuard guard(device.index());
-  return launch_plan(static_cast<const int32_t*>(seq_lens.const_data_ptr()), static_cast<int>(seq_lens.size(0)),
-                     static_cast<int>(heads), static_cast<int>(max_query_len), batch_invariant,
-                     static_cast<int>(shares.size(0)), static_cast<Share*>(shares.mutable_data_ptr()),
-                     static_cast<int32_t*>(splits.mutable_data_ptr()), current_stream(device.index()));
+  const StepBounds bounds = bounds_of(seq_lens.size(0), heads, max_query_len, max_seq_len, batch_invariant);
+  return launch_plan(static_cast<const int32_t*>(seq_lens.const_data_ptr()), bounds, static_cast<int>(shares.size(0)),
+                     static_cast<Share*>(shares.mutable_data_ptr()), static_cast<int32_t*>(splits.mutable_data_ptr()),
+                     current_stream(device.index()));
 }
 
 void mla_decode(const Tensor& q_nope, const Tensor& q_pe, const Tensor& kv_cache, const Tensor& block_table,
@@ -128,6 +141,7 @@ void mla_decode(const Tensor& q_nope, const Tensor& q_pe, const Tensor& kv_cache
   STD_TORCH_CHECK(heads == planned_heads, "mla_decode: q_nope has ", heads, " heads, wanted ", planned_heads,
                   ", those of the schedule");
   check_queries(max_query_len);
+  check_lengths(max_seq_len);
   STD_TORCH_CHECK(tokens <= kMaxTokens, "mla_decode: q_nope has ", tokens, " tokens, wanted at most ", kMaxTokens);
   check("q_pe", q_pe, device, type, {tokens, heads, kRopeDim});
   STD_TORCH_CHECK(!kv_scale.has_value(), "mla_decode: kv_scale is given, wanted none");
@@ -147,8 +161,8 @@ void mla_decode(const Tensor& q_nope, const Tensor& q_pe, const Tensor& kv_cache
   check_contiguous("partial_out", partial_out);
   check_alignment("partial_out", partial_out);
   const int64_t workers = shares.size(0), room = partial_lse.numel();
-  const int64_t rows = partial_rows(static_cast<int>(workers), static_cast<int>(heads), static_cast<int>(max_query_len),
-                                    batch_invariant);
+  const StepBounds bounds = bounds_of(requests, heads, max_query_len, max_seq_len, batch_invariant);
+  const int64_t rows = partial_rows(static_cast<int>(workers), bounds);
   STD_TORCH_CHECK(rows <= room, "mla_decode: partial_lse has room for ", room, " query rows, wanted ", rows, " for ", workers,
                   " shares of ", max_query_len, " query tokens and ", heads, " heads");
   STD_TORCH_CHECK(softmax_scale > 0, "mla_decode: softmax_scale is ", softmax_scale, ", wanted a positive number");
@@ -177,8 +191,7 @@ void mla_decode(const Tensor& q_nope, const Tensor& q_pe, const Tensor& kv_cache
   params.softmax_scale = static_cast<float>(softmax_scale);
   params.out = out.mutable_data_ptr();
   params.out_token_stride = out.stride(0), params.out_head_stride = out.stride(1);
-  params.output_is_pairs = reinterpret_cast<uintptr_t>(params.out) % 4 == 0 && out.stride(0) % 2 == 0 &&
-                           out.stride(1) % 2 == 0;
+  params.output_is_vectors = starts_at_16_bytes(out);
   if (lse.has_value()) {
     params.lse = static_cast<float*>(lse->mutable_data_ptr());
     params.lse_token_stride = lse->stride(0), params.lse_head_stride = lse->stride(1);
@@ -188,7 +201,7 @@ void mla_decode(const Tensor& q_nope, const Tensor& q_pe, const Tensor& kv_cache
 
   const Cache cache = {kv_cache.const_data_ptr(), kv_cache.size(0), page_stride, token_stride};
   const auto element = type == ScalarType::BFloat16 ? ElementType::kBFloat16 : ElementType::kFloat16;
-  launch_decode(params, batch_invariant, cache, element, current_stream(device.index()));
+  launch_decode(params, bounds, cache, element, current_stream(device.index()));
 }
 
 }  // namespace

@@ -57,7 +57,7 @@ struct DecodeParams {
   // Output [tokens, heads, 512], contiguous in the last dimension.
   void* out;
   int64_t out_token_stride, out_head_stride;
-  bool output_is_pairs;  // every row starts at a multiple of 4 bytes
+  bool output_is_vectors;  // every row starts at a multiple of 16 bytes
   float* lse;  // [tokens, heads] or null
   int64_t lse_token_stride, lse_head_stride;
 

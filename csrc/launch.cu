@@ -53,36 +53,46 @@ CUtensorMap encode(CUtensorMapDataType type, const void* data, int64_t columns, 
 }
 
 // The decode kernels, and what each means for the schedule: how many query rows of a request a worker attends at a time, how many
-// thread blocks a worker is, and the numbers of sm90::PlanParams, as measured (docs/performance/notes.md, "What shares cost").
-enum class Kernel { kNarrow16, kNarrow32, kWide64, kWide128 };
+// thread blocks a worker is, how many blocks of the combine kernel follow for each, and the numbers of sm90::PlanParams, as measured
+// (docs/performance/notes.md, "What shares cost" and "Short requests stay whole").
+enum class Kernel { kNarrow16, kNarrow32, kNarrow64, kWide64, kWide128 };
 
 struct Choice {
   Kernel kernel;
-  int rows, cluster;
-  int least_share, begin_cost, uneven_cost;
+  int rows, cluster, combiners;
+  int least_share, begin_cost, uneven_cost, split_cost;
 };
 
 constexpr Choice kChoices[] = {
-    // Few rows: bytes decide, and padding rows to 64 would only keep tiles in shared memory for longer.
-    {Kernel::kNarrow16, 16, 1, 1, 1, 2},
-    {Kernel::kNarrow32, 32, 1, 1, 1, 2},
+    // Few rows: bytes decide, and padding rows to 64 would only keep tiles in shared memory for longer. Two blocks of the combine
+    // kernel fit beside each block of the narrowest.
+    {Kernel::kNarrow16, 16, 1, 2, 1, 1, 2, 2},
+    {Kernel::kNarrow32, 32, 1, 2, 1, 1, 2, 2},
+    // Twice the workers of the next one, for many short requests that need not be split.
+    {Kernel::kNarrow64, 64, 1, 4, 1, 2, 4, 6},
     // A thread block has registers for the results of 64 rows and half of the columns.
-    {Kernel::kWide64, 64, 2, 2, 3, 8},
-    {Kernel::kWide128, 128, 2, 2, 3, 8},
+    {Kernel::kWide64, 64, 2, 8, 2, 3, 8, 5},
+    {Kernel::kWide128, 128, 2, 8, 2, 3, 8, 5},
 };
+constexpr int kClusters = 66;       // of two multiprocessors, on the largest Hopper GPU
+constexpr int kShortRequest = 512;  // cached tokens
 
 // How a request's query rows are handled: by which kernel, in how many blocks of how many tokens.
 struct Blocks {
   Choice choice;
   int tokens, count;
 
-  // The narrowest kernel that takes all rows at once, or the widest. A batch-invariant step takes that always, because the
-  // query lengths of other requests may not choose.
-  Blocks(int heads, int max_query_len, bool batch_invariant) {
-    const int queries = std::max(1, max_query_len), rows = batch_invariant ? kMaxHeads : heads * queries;
-    const auto takes_all = [=](const Choice& choice) { return rows <= choice.rows; };
+  // The first kernel that takes all rows at once, or the last one. A batch-invariant step takes that always, because what other
+  // requests there are may not choose.
+  explicit Blocks(const StepBounds& bounds) {
+    const int queries = std::max(1, bounds.max_query_len);
+    const int rows = bounds.batch_invariant ? kMaxHeads : bounds.heads * queries;
+    const bool many_short = bounds.requests > kClusters && bounds.max_seq_len <= kShortRequest;
+    const auto takes_all = [=](const Choice& choice) {
+      return rows <= choice.rows && (choice.kernel != Kernel::kNarrow64 || many_short);
+    };
     choice = *std::find_if(std::begin(kChoices), std::end(kChoices) - 1, takes_all);
-    tokens = std::min(choice.rows / heads, queries);
+    tokens = std::min(choice.rows / bounds.heads, queries);
     count = (queries + tokens - 1) / tokens;
   }
 };
@@ -147,6 +157,9 @@ void launch(DecodeParams params, const Blocks& blocks, const Cache& cache, CUten
     case Kernel::kNarrow32:
       decode<NarrowShared<Element, 32>>(decode_narrow_kernel<Element, 32>, blocks.choice, params, cache, type, stream);
       break;
+    case Kernel::kNarrow64:
+      decode<NarrowShared<Element, 64>>(decode_narrow_kernel<Element, 64>, blocks.choice, params, cache, type, stream);
+      break;
     case Kernel::kWide64:
       decode<WideShared<Element, 64>>(decode_wide_kernel<Element, 64>, blocks.choice, params, cache, type, stream);
       break;
@@ -154,15 +167,15 @@ void launch(DecodeParams params, const Blocks& blocks, const Cache& cache, CUten
       decode<WideShared<Element, 128>>(decode_wide_kernel<Element, 128>, blocks.choice, params, cache, type, stream);
       break;
   }
-  // As many blocks for all parts as run at a time: two beside each block of the narrowest kernel, four after a wide one. Where
-  // there are more blocks of rows than multiprocessors, there is one worker and nothing to combine.
-  combine<Element>(params, 2 * blocks.choice.cluster * blocks.choice.cluster * std::min(blocks.count, 64), stream);
+  // Where there are more blocks of rows than multiprocessors, there is one worker and nothing to combine.
+  combine<Element>(params, blocks.choice.combiners * std::min(blocks.count, 64), stream);
 }
 
 }  // namespace
 
-void launch_decode(const DecodeParams& params, bool batch_invariant, const Cache& cache, ElementType type, cudaStream_t stream) {
-  const Blocks blocks(params.heads, params.max_query_len, batch_invariant);
+void launch_decode(const DecodeParams& params, const StepBounds& bounds, const Cache& cache, ElementType type,
+                   cudaStream_t stream) {
+  const Blocks blocks(bounds);
   if (type == ElementType::kBFloat16) {
     launch<__nv_bfloat16>(params, blocks, cache, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, stream);
   } else {
@@ -170,20 +183,20 @@ void launch_decode(const DecodeParams& params, bool batch_invariant, const Cache
   }
 }
 
-int64_t partial_rows(int workers, int heads, int max_query_len, bool batch_invariant) {
+int64_t partial_rows(int workers, const StepBounds& bounds) {
   if (workers == 1) return 0;  // nothing is split
-  const Blocks blocks(heads, max_query_len, batch_invariant);
-  return int64_t{2} * workers * blocks.count * blocks.tokens * heads;
+  const Blocks blocks(bounds);
+  return int64_t{2} * workers * blocks.count * blocks.tokens * bounds.heads;
 }
 
-int launch_plan(const int32_t* seq_lens, int requests, int heads, int max_query_len, bool batch_invariant, int multiprocessors,
-                Share* shares, int32_t* splits, cudaStream_t stream) {
-  const Blocks blocks(heads, max_query_len, batch_invariant);
-  const int workers = std::max(1, std::min(multiprocessors, sm90::kPlanThreads) / (blocks.count * blocks.choice.cluster));
-  const auto kernel = batch_invariant ? sm90::plan_kernel<true> : sm90::plan_kernel<false>;
+int launch_plan(const int32_t* seq_lens, const StepBounds& bounds, int multiprocessors, Share* shares, int32_t* splits,
+                cudaStream_t stream) {
+  const Blocks blocks(bounds);
   const Choice& choice = blocks.choice;
-  const sm90::PlanParams params = {seq_lens, requests, workers, choice.least_share, choice.begin_cost, choice.uneven_cost};
-  kernel<<<1, sm90::kPlanThreads, 0, stream>>>(params, shares, splits);
+  const int workers = std::max(1, std::min(multiprocessors, sm90::kPlanThreads) / (blocks.count * choice.cluster));
+  const sm90::PlanParams params = {seq_lens,          bounds.requests,    workers,           choice.least_share,
+                                   choice.begin_cost, choice.uneven_cost, choice.split_cost, bounds.batch_invariant};
+  sm90::plan_kernel<<<1, sm90::kPlanThreads, 0, stream>>>(params, shares, splits);
   check("plan kernel", cudaGetLastError());
   return workers;
 }

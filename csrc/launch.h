@@ -17,16 +17,24 @@ struct Cache {
   int64_t pages, page_stride, token_stride;
 };
 
+// What the host knows of a step. The kernel is chosen by it, so a schedule serves calls with the same numbers only.
+struct StepBounds {
+  int requests, heads;
+  int max_query_len, max_seq_len;  // that a request may have
+  bool batch_invariant;
+};
+
 // Launch one decode call. `params` need not say how rows are divided: that follows from the choice of the kernel. Throws
 // std::runtime_error with what CUDA said.
-void launch_decode(const DecodeParams& params, bool batch_invariant, const Cache& cache, ElementType type, cudaStream_t stream);
+void launch_decode(const DecodeParams& params, const StepBounds& bounds, const Cache& cache, ElementType type,
+                   cudaStream_t stream);
 
 // The query rows that there must be room for in partial results.
-int64_t partial_rows(int workers, int heads, int max_query_len, bool batch_invariant);
+int64_t partial_rows(int workers, const StepBounds& bounds);
 
 // Write the schedule for seq_lens [requests]: shares [multiprocessors], of which it returns how many are workers', and splits
 // [requests + 1].
-int launch_plan(const int32_t* seq_lens, int requests, int heads, int max_query_len, bool batch_invariant, int multiprocessors,
-                Share* shares, int32_t* splits, cudaStream_t stream);
+int launch_plan(const int32_t* seq_lens, const StepBounds& bounds, int multiprocessors, Share* shares, int32_t* splits,
+                cudaStream_t stream);
 
 }  // namespace mla_backend

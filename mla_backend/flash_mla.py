@@ -15,6 +15,9 @@ from mla_backend.decode import mla_decode
 from mla_backend.dimensions import HEAD_DIM, KV_LORA_RANK, MAX_HEADS, PARTIAL_ROWS
 from mla_backend.schedule import DecodeSchedule, ScheduleBuffers
 
+# flash_mla's functions tell only one of the two what the tensors' sizes are, and both must choose the same kernel.
+NO_BOUND = 2**31 - 1
+
 
 def get_mla_metadata(
     cache_seqlens: torch.Tensor, num_heads_per_head_k: int, num_heads_k: int
@@ -32,7 +35,7 @@ def get_mla_metadata(
     """
     queries = -(-num_heads_per_head_k // MAX_HEADS)
     heads = min(num_heads_per_head_k, MAX_HEADS)
-    schedule = DecodeSchedule.plan(cache_seqlens, heads=heads, max_query_len=queries, max_seq_len=0)
+    schedule = DecodeSchedule.plan(cache_seqlens, heads=heads, max_query_len=queries, max_seq_len=NO_BOUND)
     return schedule.shares, schedule.splits
 
 
@@ -84,8 +87,7 @@ def flash_mla_with_kvcache(
         partial_out=q.new_empty(places, 2, PARTIAL_ROWS, KV_LORA_RANK, dtype=torch.float32),
         partial_lse=q.new_empty(places, 2, PARTIAL_ROWS, dtype=torch.float32),
     )
-    max_seq_len = block_table.shape[1] * k_cache.shape[1]
-    schedule = DecodeSchedule(tile_scheduler_metadata, num_splits, buffers, group, queries, max_seq_len)
+    schedule = DecodeSchedule(tile_scheduler_metadata, num_splits, buffers, group, queries, NO_BOUND)
     starts = torch.arange(batch + 1, dtype=torch.int32, device=q.device) * queries
     out = q.new_empty(batch, queries, heads, KV_LORA_RANK)
     lse = q.new_empty(batch, queries, heads, dtype=torch.float32)

@@ -25,8 +25,8 @@ _library.define(
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 _library.define(
-    "plan(Tensor seq_lens, SymInt heads, SymInt max_query_len, bool batch_invariant, Tensor(a!) shares,"
-    " Tensor(b!) splits) -> SymInt",
+    "plan(Tensor seq_lens, SymInt heads, SymInt max_query_len, SymInt max_seq_len, bool batch_invariant,"
+    " Tensor(a!) shares, Tensor(b!) splits) -> SymInt",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 

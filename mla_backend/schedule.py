@@ -86,7 +86,8 @@ class DecodeSchedule:
             seq_lens: [requests] int32, cached tokens per request.
             heads: query heads, 1 to 128.
             max_query_len: upper bound on a request's query tokens; at most 65535 on a GPU.
-            max_seq_len: upper bound on `seq_lens`.
+            max_seq_len: upper bound on `seq_lens`. The kernel is chosen by this and the number of requests, heads and
+                query tokens, so a captured step must be replayed with schedules made with the same bounds.
             batch_invariant: see `DecodeSchedule`.
             buffers: where the schedule is written, so that its addresses outlive the step (a CUDA graph replays with
                 the addresses it was captured with); by default fresh memory.
@@ -105,6 +106,7 @@ class DecodeSchedule:
                 f"allocate them with ScheduleBuffers.allocate(max_requests={requests}, ...)."
             )
         splits = buffers.splits[: requests + 1]
-        workers = torch.ops.mla_backend.plan(seq_lens, heads, max_query_len, batch_invariant, buffers.shares, splits)
+        bounds = (heads, max_query_len, max_seq_len)
+        workers = torch.ops.mla_backend.plan(seq_lens, *bounds, batch_invariant, buffers.shares, splits)
         shares = buffers.shares[:workers]
         return cls(shares, splits, buffers, heads, max_query_len, max_seq_len, batch_invariant)

@@ -41,7 +41,7 @@ __device__ __forceinline__ float& output_lse(const DecodeParams& params, int tok
 template <typename Element>
 __device__ __forceinline__ void store_four(const DecodeParams& params, Element* to, float4 value) {
   const uint32_t low = pack<Element>(value.x, value.y), high = pack<Element>(value.z, value.w);
-  if (params.output_is_pairs) {
+  if (params.output_is_vectors) {
     reinterpret_cast<uint32_t*>(to)[0] = low, reinterpret_cast<uint32_t*>(to)[1] = high;
   } else {
     to[0] = reinterpret_cast<const Element(&)[2]>(low)[0], to[1] = reinterpret_cast<const Element(&)[2]>(low)[1];

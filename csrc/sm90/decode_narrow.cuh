@@ -1,10 +1,12 @@
-// MLA decode on Hopper for at most 32 query rows per request: cached tokens take the 64-row side of wgmma.
+// MLA decode on Hopper for at most 64 query rows per request: cached tokens take the 64-row side of wgmma.
 //
 // With few rows the time goes into reading the cache, and padding the rows to 64 would only keep tiles in shared memory
 // for longer. So everything is transposed: scores are tile x queries (64 tokens x N rows), and the output is values x
 // probabilities (512 columns x N rows), with the tile as the first operand both times, K-major and then M-major. (The
-// idea is published as ETAP, arXiv 2506.01969.) Each of the two warpgroups computes the scores over half of the 576 numbers,
-// adds what the other has found over its half, and then computes half of the output's columns.
+// idea is published as ETAP, arXiv 2506.01969.) Of the output each of the two warpgroups computes half of the columns. The
+// scores they divide in one of two ways: with up to 32 rows each computes all of them over half of the 576 numbers and adds
+// what the other has found over its half; with 64 each computes those of half of the rows, because shared memory has no room
+// for scores then, and the probabilities are all that they share.
 #pragma once
 
 #include "tile.cuh"
@@ -13,15 +15,28 @@ namespace mla_backend::sm90 {
 
 constexpr int kColumnBlocks = kHeadDim / 64;
 constexpr int kGroupBlocks = kLatentDim / 64 / 2;  // blocks of 64 output columns of a warpgroup
+constexpr int kMathBarrier = kGroupBarrier + 2;    // named barrier of both warpgroups
+
+// How the warpgroups divide the scores of N rows.
+template <int kN>
+struct NarrowScores {
+  static constexpr bool kByRows = kN == 64;
+  static constexpr int kRows = kByRows ? kN / 2 : kN;  // that a warpgroup finds the probabilities of
+};
 
 template <typename Element, int kN>
 struct alignas(1024) NarrowShared {
+  using Scores = NarrowScores<kN>;
   static constexpr int kQueryStages = kN == 16 ? 2 : 1;  // what there is room for
   ColumnBlock<Element> tile[2][kColumnBlocks];
   Element query[kQueryStages][kColumnBlocks][kN][64];
-  Element probabilities[2][kN][64];  // per warpgroup
-  float4 scores[2][2][kN / 8][128];  // for every other tile, per warpgroup: what it has found over its half
-  float exchange[2][4][kN];          // per warpgroup and warp: column maxima, at the end column sums
+  Element probabilities[Scores::kByRows ? 1 : 2][kN][64];  // all that a warpgroup multiplies
+  struct Nothing {};
+  // For every other tile, per warpgroup: what it has found over its half.
+  std::conditional_t<Scores::kByRows, Nothing, float4[2][2][kN / 8][128]> scores;
+  float exchange[2][4][Scores::kRows];  // per warpgroup and warp: maxima of its rows, at the end their sums
+  // Where each warpgroup has the scores of half of the rows: what both multiply a row's results by, and its reference at the end.
+  alignas(8) float factor[Scores::kByRows ? kN : 1], reference[Scores::kByRows ? kN : 1];
   Piece work[2];
   Pipeline<2> tiles;
   Pipeline<kQueryStages> queries;
@@ -41,16 +56,50 @@ __device__ __forceinline__ float column_sum(float x) {
   return x;
 }
 
+// Write the rows of a whole request, times their factors. With many rows this is faster than stores of single elements, of which
+// a thread has neighbours in a column: transposed, of two groups of eight columns it has two columns each, and stores four of one.
+template <typename Element, int kN>
+__device__ __forceinline__ void store_transposed(const Rows<Element>& results, const float (&out)[kGroupBlocks][kN / 2],
+                                                 const float* factors, int group) {
+  const int warp = threadIdx.x / 32 % 4, lane = threadIdx.x % 32;
+  const int column = group * kGroupBlocks * 64 + warp * 16 + lane % 2 * 8 + lane % 4 / 2 * 4;
+#pragma unroll
+  for (int j = 0; j < kN / 8; ++j) {
+    const float2 factor = *reinterpret_cast<const float2*>(&factors[j * 8 + lane % 4 * 2]);
+    const int row = j * 8 + lane / 4;
+    Element* to = results.out(row) + column;
+#pragma unroll
+    for (int b = 0; b < kGroupBlocks; ++b) {
+      const float* four = &out[b][j * 4];
+      const uint32_t low = ptx::transposed(pack<Element>(four[0] * factor.x, four[1] * factor.y));
+      const uint32_t high = ptx::transposed(pack<Element>(four[2] * factor.x, four[3] * factor.y));
+      const uint32_t received = __shfl_xor_sync(~0u, lane % 2 ? low : high, 1);
+      if (row >= results.last_row) continue;
+      *reinterpret_cast<uint2*>(to + b * 64) = lane % 2 ? make_uint2(received, high) : make_uint2(low, received);
+    }
+  }
+}
+
 template <typename Element, int kN>
 __device__ void consume_narrow(const DecodeParams& params, NarrowShared<Element, kN>& shared) {
-  constexpr int kColumns = kN / 4;  // columns of an accumulator that a thread holds a part of
+  using Scores = NarrowScores<kN>;
+  constexpr int kScores = Scores::kRows / 2, kColumns = Scores::kRows / 4;  // that a thread holds: scores, and parts of rows
   const int group = ptx::uniform(threadIdx.x / 128), warp = threadIdx.x / 32 % 4, lane = threadIdx.x % 32;
-  const int own_row = warp * 16 + lane / 4;                                        // and the row 8 further on
-  const auto own_column = [&](int c) { return c / 2 * 8 + lane % 4 * 2 + c % 2; };  // of 0 to kColumns - 1
+  const int own_token = warp * 16 + lane / 4;  // of a tile, and the one 8 further on; with values, columns of a block
+  const auto own_column = [&](int c) { return c / 2 * 8 + lane % 4 * 2 + c % 2; };  // of any accumulator: a query row
+  const int first_row = Scores::kByRows ? group * Scores::kRows : 0;                // that the warpgroup has scores of
   const int own_barrier = kGroupBarrier + group;
   const float scale_log2 = params.softmax_scale * kLog2E;
+  // Those who multiply the same probabilities.
+  const auto meet = [&] {
+    Scores::kByRows ? ptx::named_barrier_sync<kMathThreads>(kMathBarrier) : ptx::named_barrier_sync<128>(own_barrier);
+  };
+  const auto any = [&](bool mine) {
+    return Scores::kByRows ? ptx::named_barrier_any<kMathThreads>(kMathBarrier, mine)
+                           : ptx::named_barrier_any<128>(own_barrier, mine);
+  };
 
-  const uint32_t probabilities = ptx::shared_address(shared.probabilities[group]);
+  const uint32_t probabilities = ptx::shared_address(shared.probabilities[Scores::kByRows ? 0 : group]);
   int number = 0;  // of tiles so far
   for (int pieces = 0;; ++pieces) {
     const int query_stage = ptx::uniform(shared.queries.stage(pieces));
@@ -71,40 +120,46 @@ __device__ void consume_narrow(const DecodeParams& params, NarrowShared<Element,
       const uint32_t own_values = ptx::shared_address(tile[group * kGroupBlocks]);
       shared.tiles.wait_full(number);
 
-      float score[kN / 2];
-      // Half of every column block.
-      const ptx::Matrix keys(ptx::shared_address(tile) + group * 64, 0, 1024);
-      const ptx::Matrix query(ptx::shared_address(shared.query[query_stage]) + group * 64, 0, 1024);
+      // score[4 * j + 2 * i + e] is token own_token + 8 * i and query row first_row + own_column(2 * j + e).
+      float score[kScores];
+      const ptx::Matrix keys(ptx::shared_address(tile) + (Scores::kByRows ? 0 : group * 64), 0, 1024);
+      const ptx::Matrix query(
+          ptx::shared_address(shared.query[query_stage]) + (Scores::kByRows ? first_row * 128 : group * 64), 0, 1024);
       ptx::wgmma_fence();
+      constexpr int kBlockSteps = Scores::kByRows ? 4 : 2;  // or half of every column block
 #pragma unroll
-      for (int step = 0; step < kHeadDim / 32; ++step) {
-        const uint32_t inner = step % 2 * 32;
-        ptx::wgmma<Element>(score, keys.at(step / 2 * sizeof(ColumnBlock<Element>) + inner),
-                            query.at(step / 2 * sizeof(shared.query[0][0]) + inner), step > 0);
+      for (int step = 0; step < kColumnBlocks * kBlockSteps; ++step) {
+        const uint32_t block = step / kBlockSteps, inner = step % kBlockSteps * 32;
+        ptx::wgmma<Element>(score, keys.at(block * sizeof(ColumnBlock<Element>) + inner),
+                            query.at(block * sizeof(shared.query[0][0]) + inner), step > 0);
       }
       ptx::wgmma_commit();
       ptx::wgmma_wait<0>();
       ptx::keep(score);
-      auto& halves = shared.scores[number & 1];
+      if constexpr (Scores::kByRows) {
+        if (t + 1 == piece.last_tile) shared.queries.release(pieces);
+        meet();  // from here on nobody reads the tile's keys, and the probabilities of the tile before
+      } else {
+        auto& halves = shared.scores[number & 1];
 #pragma unroll
-      for (int j = 0; j < kN / 8; ++j) {
-        halves[group][j][threadIdx.x % 128] = make_float4(score[j * 4], score[j * 4 + 1], score[j * 4 + 2], score[j * 4 + 3]);
-      }
-      ptx::mbarrier_arrive(&shared.scores_full);
-      ptx::mbarrier_wait(&shared.scores_full, number & 1);
+        for (int j = 0; j < kN / 8; ++j) {
+          halves[group][j][threadIdx.x % 128] = make_float4(score[j * 4], score[j * 4 + 1], score[j * 4 + 2], score[j * 4 + 3]);
+        }
+        ptx::mbarrier_arrive(&shared.scores_full);
+        ptx::mbarrier_wait(&shared.scores_full, number & 1);
 #pragma unroll
-      for (int j = 0; j < kN / 8; ++j) {
-        const float4 other = halves[1 - group][j][threadIdx.x % 128];
-        score[j * 4] += other.x, score[j * 4 + 1] += other.y, score[j * 4 + 2] += other.z, score[j * 4 + 3] += other.w;
+        for (int j = 0; j < kN / 8; ++j) {
+          const float4 other = halves[1 - group][j][threadIdx.x % 128];
+          score[j * 4] += other.x, score[j * 4 + 1] += other.y, score[j * 4 + 2] += other.z, score[j * 4 + 3] += other.w;
+        }
       }
 
-      // score[4 * j + 2 * i + e] is token own_row + 8 * i and query row own_column(2 * j + e).
       if (first + kTileTokens > all_visible) {
 #pragma unroll
-        for (int k = 0; k < kN / 2; ++k) {
-          const int query_index = min(query_of_row(params, own_column(k / 4 * 2 + k % 2)), queries - 1);
+        for (int k = 0; k < kScores; ++k) {
+          const int query_index = min(query_of_row(params, first_row + own_column(k / 4 * 2 + k % 2)), queries - 1);
           const int last_visible = params.causal ? seq_len - queries + query_index : seq_len - 1;
-          if (first + own_row + k / 2 % 2 * 8 > last_visible) score[k] = -INFINITY;
+          if (first + own_token + k / 2 % 2 * 8 > last_visible) score[k] = -INFINITY;
         }
         if (seq_len - first < kTileTokens) {
           // The columns that this warpgroup multiplies are its own to clear.
@@ -114,17 +169,17 @@ __device__ void consume_narrow(const DecodeParams& params, NarrowShared<Element,
       }
       // Probabilities relative to the references. Transposed on the way, so that a query row's lie side by side: 8 x 8
       // matrices of two groups of query rows and two of tokens at a time.
-      float power[kN / 2];
+      float power[kScores];
       const auto weigh = [&] {
 #pragma unroll
-        for (int k = 0; k < kN / 2; ++k) {
+        for (int k = 0; k < kScores; ++k) {
           // A row that has seen no token yet has the reference -inf, and -inf - -inf would be NaN.
           const float relative_to = reference[k / 4 * 2 + k % 2];
           power[k] = ptx::exp2(score[k] * scale_log2 - (relative_to == -INFINITY ? 0 : relative_to));
         }
 #pragma unroll
-        for (int j = 0; j < kN / 8; j += 2) {
-          const int row = (j + lane / 16) * 8 + lane % 8, chunk = warp * 2 + lane / 8 % 2;
+        for (int j = 0; j < Scores::kRows / 8; j += 2) {
+          const int row = first_row + (j + lane / 16) * 8 + lane % 8, chunk = warp * 2 + lane / 8 % 2;
           ptx::stmatrix_x4_trans(probabilities + swizzled_128(row, chunk), pack<Element>(power[j * 4], power[j * 4 + 1]),
                                  pack<Element>(power[j * 4 + 2], power[j * 4 + 3]),
                                  pack<Element>(power[j * 4 + 4], power[j * 4 + 5]),
@@ -138,10 +193,10 @@ __device__ void consume_narrow(const DecodeParams& params, NarrowShared<Element,
         weigh();
         bool own_outgrown = false;
 #pragma unroll
-        for (int k = 0; k < kN / 2; ++k) {
+        for (int k = 0; k < kScores; ++k) {
           own_outgrown |= power[k] > (reference[k / 4 * 2 + k % 2] == -INFINITY ? 0 : kPatienceFactor);
         }
-        outgrown = ptx::named_barrier_any<128>(own_barrier, own_outgrown);
+        outgrown = any(own_outgrown);
       }
       if (outgrown) {
 #pragma unroll
@@ -162,16 +217,29 @@ __device__ void consume_narrow(const DecodeParams& params, NarrowShared<Element,
           reference[c] = followed;
           sum[c] *= decay[c];
         }
+        if constexpr (Scores::kByRows) {
 #pragma unroll
-        for (int b = 0; b < kGroupBlocks; ++b) {
+          for (int c = 0; c < kColumns; ++c) {
+            if (threadIdx.x % 128 < 4) shared.factor[first_row + own_column(c)] = decay[c];
+          }
+          meet();
+        }
 #pragma unroll
-          for (int k = 0; k < kN / 2; ++k) out[b][k] *= decay[k / 4 * 2 + k % 2];
+        for (int c = 0; c < kN / 4; ++c) {
+          float factor;
+          if constexpr (Scores::kByRows) {
+            factor = shared.factor[own_column(c)];
+          } else {
+            factor = decay[c];
+          }
+#pragma unroll
+          for (int b = 0; b < kGroupBlocks; ++b) out[b][c / 2 * 4 + c % 2] *= factor, out[b][c / 2 * 4 + 2 + c % 2] *= factor;
         }
         weigh();
-        ptx::named_barrier_sync<128>(own_barrier);
+        meet();
       }
 #pragma unroll
-      for (int k = 0; k < kN / 2; ++k) sum[k / 4 * 2 + k % 2] += power[k];
+      for (int k = 0; k < kScores; ++k) sum[k / 4 * 2 + k % 2] += power[k];
 
 #pragma unroll
       for (int b = 0; b < kGroupBlocks; ++b) ptx::keep(out[b]);
@@ -192,57 +260,77 @@ __device__ void consume_narrow(const DecodeParams& params, NarrowShared<Element,
       if (threadIdx.x % 128 == 0) shared.tiles.release(number);
     }
 
-    shared.queries.release(pieces);
+    if constexpr (!Scores::kByRows) shared.queries.release(pieces);
 
     // Denominators: over the lanes, then over the warps.
 #pragma unroll
     for (int c = 0; c < kColumns; ++c) {
       sum[c] = column_sum(sum[c]);
       if (lane < 4) shared.exchange[group][warp][own_column(c)] = sum[c];
+      if (Scores::kByRows && threadIdx.x % 128 < 4) shared.reference[first_row + own_column(c)] = reference[c];
     }
-    ptx::named_barrier_sync<128>(own_barrier);
+    meet();
     const Rows<Element> results(params, piece, 0);
-#pragma unroll
-    for (int c = 0; c < kColumns; ++c) {
-      const int row = own_column(c);
-      if (row >= results.last_row) continue;
+    const auto total_of = [&](int of_group, int row) {
       float total = 0;
 #pragma unroll
-      for (int w = 0; w < 4; ++w) total += shared.exchange[group][w][row];
-      const float factor = total > 0 ? ptx::reciprocal(total) : 0;
-      const int column = group * kGroupBlocks * 64 + own_row;
-      if (piece.whole()) {
-        Element* to = results.out(row) + column;
+      for (int w = 0; w < 4; ++w) total += shared.exchange[of_group][w][row];
+      return total;
+    };
+    const auto factor_of = [](float total) { return total > 0 ? ptx::reciprocal(total) : 0; };
+    const auto store_lse = [&](int row, float total, float relative_to) {
+      if (row < results.last_row) results.store_lse(row, total > 0 ? relative_to + ptx::log2(total) : -INFINITY);
+    };
+    if constexpr (Scores::kByRows) {
+      // Each thread has columns of all rows: a thread for each row finds its factor.
+      if (const int row = threadIdx.x; row < kN) {
+        const float total = total_of(row / Scores::kRows, row % Scores::kRows);
+        shared.factor[row] = factor_of(total);
+        store_lse(row, total, shared.reference[row]);
+      }
+      meet();
+    }
+    const int column = group * kGroupBlocks * 64 + own_token;  // of the output, in the first block
+    if (Scores::kByRows && piece.whole() && params.output_is_vectors) {
+      store_transposed<Element, kN>(results, out, shared.factor, group);
+    } else {
 #pragma unroll
-        for (int b = 0; b < kGroupBlocks; ++b) {
+      for (int c = 0; c < kN / 4; ++c) {
+        const int row = own_column(c);
+        if (row >= results.last_row) continue;
+        const float total = Scores::kByRows ? 0 : total_of(group, row);
+        const float factor = Scores::kByRows ? shared.factor[row] : factor_of(total);
+        if (piece.whole()) {
+          Element* to = results.out(row) + column;
 #pragma unroll
-          for (int i = 0; i < 2; ++i) {
-            const uint32_t rounded = pack<Element>(out[b][c / 2 * 4 + i * 2 + c % 2] * factor, 0);
-            to[b * 64 + i * 8] = reinterpret_cast<const Element&>(rounded);
+          for (int b = 0; b < kGroupBlocks; ++b) {
+#pragma unroll
+            for (int i = 0; i < 2; ++i) {
+              const uint32_t rounded = pack<Element>(out[b][c / 2 * 4 + i * 2 + c % 2] * factor, 0);
+              to[b * 64 + i * 8] = reinterpret_cast<const Element&>(rounded);
+            }
+          }
+        } else {
+          float* to = results.partial_out(row) + column;
+#pragma unroll
+          for (int b = 0; b < kGroupBlocks; ++b) {
+#pragma unroll
+            for (int i = 0; i < 2; ++i) to[b * 64 + i * 8] = out[b][c / 2 * 4 + i * 2 + c % 2] * factor;
           }
         }
-      } else {
-        float* to = results.partial_out(row) + column;
-#pragma unroll
-        for (int b = 0; b < kGroupBlocks; ++b) {
-#pragma unroll
-          for (int i = 0; i < 2; ++i) to[b * 64 + i * 8] = out[b][c / 2 * 4 + i * 2 + c % 2] * factor;
-        }
-      }
-      if (threadIdx.x < 4) {
-        results.store_lse(row, total > 0 ? reference[c] + ptx::log2(total) : -INFINITY);
+        if (!Scores::kByRows && threadIdx.x < 4) store_lse(row, total, reference[c % kColumns]);
       }
     }
-    ptx::named_barrier_sync<128>(own_barrier);  // before the next piece overwrites the sums
+    meet();  // before the next piece overwrites the sums
   }
 }
 
-// A block is started with as many registers for each thread as if it had kThreads of them. They are few enough to leave room
-// for two blocks of the combine kernel, or for one with 32 rows, which so can look up their work before this kernel is done.
+// A block is started with as many registers for each thread as if it had kThreads of them. With 16 and 32 rows they are few enough
+// to leave room for two blocks of the combine kernel, or for one, which so can look up their work before this kernel is done.
 template <int kN>
 struct NarrowRegisters {
-  static constexpr int kThreads = kN == 16 ? 640 : 512;            // 96 or 128 registers each
-  static constexpr int kMath = kN == 16 ? 104 : 152, kOther = 80;  // what the roles make of them
+  static constexpr int kThreads = kN == 16 ? 640 : kN == 32 ? 512 : 384;                        // 96, 128 or 168 registers each
+  static constexpr int kMath = kN == 16 ? 104 : kN == 32 ? 152 : 224, kOther = kN == 64 ? 56 : 80;  // what the roles make of them
 };
 
 template <typename Element, int kN>

@@ -465,7 +465,7 @@ class WideConsumer {
 #pragma unroll
       for (int j = kBegin; j < kEnd; j += 4) {
         const uint32_t two = pack<Element>(out[j + i * 2] * factor[i], out[j + i * 2 + 1] * factor[i]);
-        if (params.output_is_pairs) {
+        if (params.output_is_vectors) {
           *reinterpret_cast<uint32_t*>(to + j * 2) = two;
         } else {
           to[j * 2] = reinterpret_cast<const Element(&)[2]>(two)[0];

@@ -7,8 +7,8 @@
 // follow each other in the order of its tiles. A share that would begin just after a request's beginning begins with the request.
 //
 // Requests of equal length get equally many workers each, unless too many would be idle: to leave a few idle costs less than to let
-// most of them begin anew in the middle of their share. In a batch-invariant schedule no request is split: the worker with a
-// request's beginning has all of it.
+// most of them begin anew in the middle of their share. And no request is split where that would save less time than it takes to
+// combine parts, or in a batch-invariant schedule: the worker with a request's beginning has all of it.
 #pragma once
 
 #include <climits>
@@ -28,12 +28,16 @@ struct PlanParams {
   int least_share;  // as many workers as have this on average
   int begin_cost;   // of a request
   int uneven_cost;  // of shares that begin anywhere in requests of equal length
+  int split_cost;   // of parts: storing them, and combining them when all are there
+  bool batch_invariant;
 };
 
 // How cost is divided among workers.
 struct Division {
   int total, quotient, remainder;
   int length = 0, parts = 0;  // where requests of equal length get equally many workers: their tiles, and workers for each
+
+  __device__ Division(int total, int workers) : total(total), quotient(total / workers), remainder(total % workers) {}
 
   // Where a worker's share begins; those of workers that get nothing, at the end.
   __device__ int begin(int worker) const {
@@ -64,14 +68,13 @@ struct Beginning {
   }
 };
 
-template <bool kBatchInvariant>
 __global__ void __launch_bounds__(kPlanThreads) plan_kernel(PlanParams params, Share* shares, int32_t* splits) {
-  using Scan = cub::BlockScan<int, kPlanThreads>;
-  constexpr int kNobody = kBatchInvariant ? INT_MAX : -1;
+  using Scan = cub::BlockScan<int, kPlanThreads, cub::BLOCK_SCAN_WARP_SCANS>;
   __shared__ typename Scan::TempStorage storage;
   __shared__ int first_request[kPlanThreads];  // of the share of the worker with the thread's number
   __shared__ Beginning beginnings[kPlanThreads];
   __shared__ int whole_tiles[kPlanThreads];  // of the worker's requests, where none is split
+  __shared__ int longest_whole_share;
   const int thread = threadIdx.x, requests = params.requests;
   const auto length_of = [&](int request) { return request < requests ? params.seq_lens[request] : 0; };
   const auto tiles_of = [](int seq_len) { return (seq_len + kTileTokens - 1) / kTileTokens; };
@@ -92,17 +95,38 @@ __global__ void __launch_bounds__(kPlanThreads) plan_kernel(PlanParams params, S
     all_tiles += sum, begun += __syncthreads_count(tiles > 0);
     equal &= __syncthreads_and(request >= requests || tiles == length);
   }
-  const int workers = max(1, min(params.workers, all_tiles / params.least_share));
-  Division division = {};
+  // Without splits there may be a worker for every request. What would the longest share cost?
+  Division division(all_tiles + begun * params.begin_cost, params.workers);
   int begin_cost = params.begin_cost;
-  if (const int parts = workers / max(1, requests);
-      equal && parts > 0 && (length + parts - 1) / parts <= all_tiles / workers + params.uneven_cost) {
-    division.length = length, division.parts = parts, begin_cost = 0;
-  }
-  division.total = all_tiles + begun * begin_cost;
-  division.quotient = division.total / workers, division.remainder = division.total % workers;
+  bool whole = params.batch_invariant;
+  if (!whole) {
+    whole_tiles[thread] = 0;
+    if (thread == 0) longest_whole_share = 0;
+    __syncthreads();
+    for (int first = 0, before = 0; first < requests; first += kPlanThreads) {
+      const int tiles = tiles_of(length_of(first + thread)), cost = tiles > 0 ? tiles + begin_cost : 0;
+      int sum;
+      const int begin = before + sum_before(cost, sum);
+      if (cost > 0) atomicAdd(&whole_tiles[division.worker_of(begin)], cost);
+      before += sum;
+    }
+    __syncthreads();
+    if (whole_tiles[thread] > 0) atomicMax(&longest_whole_share, whole_tiles[thread]);
+    __syncthreads();
 
-  first_request[thread] = kNobody, whole_tiles[thread] = 0;
+    const int workers = max(1, min(params.workers, all_tiles / params.least_share));
+    const int parts = equal ? workers / max(1, requests) : 0, part = parts > 0 ? (length + parts - 1) / parts : 0;
+    const bool evenly = parts > 0 && part <= all_tiles / workers + params.uneven_cost;
+    const Division splitting(evenly ? all_tiles : division.total, workers);
+    whole = longest_whole_share <= (evenly ? part : splitting.quotient) + begin_cost + params.split_cost;
+    if (!whole) {
+      division = splitting;
+      if (evenly) division.length = length, division.parts = parts, begin_cost = 0;
+    }
+  }
+  const int nobody = whole ? INT_MAX : -1;
+
+  first_request[thread] = nobody, whole_tiles[thread] = 0;
   if (thread == 0) splits[0] = 0;
   __syncthreads();
   int tiles_before = 0, begun_before = 0, splits_before = 0;  // of the requests of earlier rounds
@@ -113,7 +137,7 @@ __global__ void __launch_bounds__(kPlanThreads) plan_kernel(PlanParams params, S
     int begun_sum;
     const int begin = tile + (begun_before + sum_before(tiles > 0, begun_sum)) * begin_cost;
     Beginning own = {request, seq_len, begin + begin_cost, tile, 0};
-    const int own_workers = tiles > 0 && !kBatchInvariant ? own.workers(division) : 1, parts = own_workers > 1 ? own_workers : 0;
+    const int own_workers = tiles > 0 && !whole ? own.workers(division) : 1, parts = own_workers > 1 ? own_workers : 0;
     own.slot = splits_before + sum_before(parts, splits_sum);
     if (request < requests) splits[request + 1] = own.slot + parts;
     tiles_before += tiles_sum, begun_before += begun_sum, splits_before += splits_sum;
@@ -121,9 +145,9 @@ __global__ void __launch_bounds__(kPlanThreads) plan_kernel(PlanParams params, S
     // A share begins with the last request that begins before it, so a request announces itself to the first worker whose share
     // begins after it, and the last one is heard. Where none is split, to the worker that has it, and the first one is heard.
     int worker = params.workers;
-    if (tiles > 0) worker = kBatchInvariant ? division.worker_of(begin) : begin == 0 ? 0 : division.worker_of(begin - 1) + 1;
+    if (tiles > 0) worker = whole ? division.worker_of(begin) : begin == 0 ? 0 : division.worker_of(begin - 1) + 1;
     const bool begins = worker < params.workers;
-    if (begins && kBatchInvariant) {
+    if (begins && whole) {
       atomicMin(&first_request[worker], request);
       atomicAdd(&whole_tiles[worker], tiles);
     } else if (begins) {
@@ -135,14 +159,14 @@ __global__ void __launch_bounds__(kPlanThreads) plan_kernel(PlanParams params, S
   __syncthreads();
 
   Share share = {};
-  if constexpr (kBatchInvariant) {
+  if (whole) {
     if (share.tiles = whole_tiles[thread]; share.tiles > 0) {
       share.request = beginnings[thread].request, share.seq_len = beginnings[thread].seq_len;
     }
   } else {
     // A share that begins inside a request begins with that of the last worker before it where a request begins.
     __shared__ int begins_as[kPlanThreads + 1];
-    Scan(storage).InclusiveScan(first_request[thread] == kNobody ? 0 : thread, begins_as[thread],
+    Scan(storage).InclusiveScan(first_request[thread] == nobody ? 0 : thread, begins_as[thread],
                                 [](int a, int b) { return max(a, b); });
     __syncthreads();
     const int begin = division.begin(thread), end = division.begin(thread + 1);

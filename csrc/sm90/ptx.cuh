@@ -182,6 +182,13 @@ __device__ __forceinline__ void stmatrix_x4_trans(uint32_t address, uint32_t a, 
                : "memory");
 }
 
+// Of an 8 x 8 matrix of 16-bit elements, of which each lane holds two neighbours in a row, the transposed one.
+__device__ __forceinline__ uint32_t transposed(uint32_t two) {
+  uint32_t result;
+  asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(result) : "r"(two));
+  return result;
+}
+
 __device__ __forceinline__ float exp2(float x) {
   float y;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));

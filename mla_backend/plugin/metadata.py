@@ -48,6 +48,8 @@ class HopperMLAMetadataBuilder(MLACommonMetadataBuilder[HopperMLAMetadata]):
             # Whether a prefill's last tokens go the decode way would depend on how the batch cut it into chunks.
             self.reorder_batch_threshold = 1
         self._schedule_buffers = ScheduleBuffers.allocate(vllm_config.scheduler_config.max_num_seqs, device)
+        # The kernel is chosen by a bound on lengths, and what was captured with one is replayed with other lengths.
+        self._max_seq_len = vllm_config.model_config.max_model_len if device.type == "cuda" else None
 
     def _build_decode(
         self,
@@ -70,7 +72,7 @@ class HopperMLAMetadataBuilder(MLACommonMetadataBuilder[HopperMLAMetadata]):
                 seq_lens_device,
                 heads=self.num_heads,
                 max_query_len=int(query_start_loc_cpu.diff().max()),
-                max_seq_len=max_seq_len,
+                max_seq_len=self._max_seq_len or max_seq_len,
                 batch_invariant=envs.VLLM_BATCH_INVARIANT,
                 buffers=self._schedule_buffers,
             ),

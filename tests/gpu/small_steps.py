@@ -21,6 +21,8 @@ STEPS: list[dict[str, Any]] = [
     {"heads": 128, "seq_lens": [300] * 9, "query_lens": [1] * 9},  # more than 1024 query rows
     {"heads": 16, "seq_lens": [70] * 140, "query_lens": [1] * 140},  # more requests than a warp holds the tiles of
     {"heads": 16, "seq_lens": [70] * 140, "query_lens": [1] * 140, "batch_invariant": True},
+    {"heads": 40, "seq_lens": [70, 300] * 40, "query_lens": [1] * 80},  # many short requests
+    {"heads": 64, "seq_lens": [512] + [0] * 70, "query_lens": [1] * 71},
 ]
 
 

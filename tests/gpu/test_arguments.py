@@ -240,18 +240,20 @@ def test_too_little_room_for_partial_results() -> None:
 
 
 @pytest.mark.parametrize(
-    ("heads", "queries", "message"),
+    ("heads", "queries", "longest", "message"),
     [
-        (0, 1, "the schedule has 0 heads, wanted 1 to 128"),
-        (129, 1, "the schedule has 129 heads, wanted 1 to 128"),
-        (128, 1 << 25, "max_query_len is 33554432, wanted 0 to 65535"),
-        (16, -1, "max_query_len is -1, wanted 0 to 65535"),
+        (0, 1, 1, "the schedule has 0 heads, wanted 1 to 128"),
+        (129, 1, 1, "the schedule has 129 heads, wanted 1 to 128"),
+        (128, 1 << 25, 1, "max_query_len is 33554432, wanted 0 to 65535"),
+        (16, -1, 1, "max_query_len is -1, wanted 0 to 65535"),
+        (16, 1, -1, "max_seq_len is -1, wanted 0 to 2147483647"),
+        (16, 1, 1 << 31, "max_seq_len is 2147483648, wanted 0 to 2147483647"),
     ],
 )
-def test_the_plan_names_wrong_numbers(heads: int, queries: int, message: str) -> None:
+def test_the_plan_names_wrong_numbers(heads: int, queries: int, longest: int, message: str) -> None:
     lengths = torch.ones(2, dtype=torch.int32, device="cuda")
     with pytest.raises(RuntimeError, match=message):
-        DecodeSchedule.plan(lengths, heads=heads, max_query_len=queries, max_seq_len=1)
+        DecodeSchedule.plan(lengths, heads=heads, max_query_len=queries, max_seq_len=longest)
 
 
 def test_the_plan_names_wrong_lengths() -> None:

@@ -163,6 +163,15 @@ def test_grid(requests: int, queries: int, length: int) -> None:
         check(Step(lengths, [queries] * requests, heads, causal=causal, seed=heads))
 
 
+@pytest.mark.parametrize("deviation", [0.1, 5.0])
+@pytest.mark.parametrize(("heads", "queries"), [(33, 1), (40, 1), (64, 1), (16, 4)])
+def test_many_short_requests(heads: int, queries: int, deviation: float) -> None:
+    lengths = [37 * i % 513 for i in range(100)]
+    for query_padding in (0, 1):
+        check(Step(lengths, [queries] * 100, heads, deviation=deviation, query_padding=query_padding))
+        check(Step([512] + [0] * 70, [queries] * 71, heads, deviation=deviation, query_padding=query_padding))  # split
+
+
 def test_results_are_the_same_from_run_to_run() -> None:
     arguments = Step([3000, 10, 777, 0, 5000], [2, 1, 3, 1, 1], 48, deviation=1.0).arguments()
     first = mla_decode(**arguments, return_lse=True)

@@ -44,21 +44,26 @@ def pieces_of_requests(shares: list[list[int]], tiles: list[int]) -> list[list[P
     return pieces
 
 
-def check_balance(shares: list[list[int]], tiles: list[int], query_rows: int) -> None:
-    """No share costs more than the others by more than a tile and the beginning of a request."""
-    least_share, begin_cost, uneven_cost = (1, 1, 2) if query_rows <= 32 else (2, 3, 8)  # as in csrc/launch.cu
+def check_balance(shares: list[list[int]], tiles: list[int], is_split: bool, query_rows: int) -> None:
+    """No share costs more than the others by more than a tile and the beginning of a request, or than parts cost."""
+    # As in csrc/launch.cu.
+    least_share, begin_cost, uneven_cost, split_cost = (1, 1, 2, 2) if query_rows <= 32 else (2, 3, 8, 5)
     total, begun = sum(tiles), sum(count > 0 for count in tiles)
     workers = min(len(shares), max(1, total // least_share))
     parts = workers // max(1, len(tiles))
-    if len(set(tiles)) == 1 and parts > 0 and -(-tiles[0] // parts) <= total // workers + uneven_cost:
+    part = -(-max(tiles, default=0) // parts) if parts else 0
+    evenly = len(set(tiles)) == 1 and parts > 0 and part <= total // workers + uneven_cost
+    if is_split and evenly:
         given = [share[2] for share in shares if share[2]]
-        assert not total or (len(given) == parts * len(tiles) and max(given) == -(-tiles[0] // parts))
+        assert len(given) == parts * len(tiles)
+        assert max(given) == part
         return
     costs = [share[2] for share in shares]
     for mine in pieces_of_requests(shares, tiles):
         if mine:
             costs[mine[0][0]] += begin_cost
-    assert max(costs) <= (total + begun * begin_cost) // workers + 1 + begin_cost
+    even_share = part if evenly else (total + begun * begin_cost) // workers
+    assert max(costs) <= even_share + begin_cost + (1 if is_split else split_cost)
 
 
 def lengths_of(rng: random.Random) -> list[int]:
@@ -101,10 +106,19 @@ def test_every_tile_is_given_once_and_evenly(heads: int, max_query_len: int, bat
 
         assert all(share[4] == seq_lens[share[0]] for share in shares if share[2])
         if not batch_invariant:
-            check_balance(shares, tiles, heads * max_query_len)
+            check_balance(shares, tiles, slots > 0, heads * max_query_len)
 
 
 def test_a_batch_invariant_share_is_a_run_of_requests_of_its_size() -> None:
     shares, splits = plan([640] * 264, 128, 1, True)
     assert [share[2] for share in shares] == [40] * 66
     assert splits == [0] * 265
+
+
+@pytest.mark.parametrize(("heads", "least_split"), [(16, 4), (128, 12)])
+def test_short_requests_stay_whole(heads: int, least_split: int) -> None:
+    """More workers for each request would save less than it takes to combine what they find."""
+    for tiles in range(1, 2 * least_split):
+        shares, splits = plan([tiles * TILE_TOKENS] * 33, heads, 1, False)
+        assert (splits[-1] > 0) == (tiles >= least_split)
+        assert sum(share[2] for share in shares) == 33 * tiles

@@ -56,6 +56,10 @@ struct Pipeline {
   __device__ void release(int number) { ptx::mbarrier_arrive(&empty[stage(number)]); }
 };
 
+// Clocks by which a block's first tile is ahead of the next. Asked for together by all blocks, they share the bandwidth, and
+// everybody waits for the first until nearly all have come.
+constexpr int kHeadStart = 1000;
+
 template <typename Pipeline, typename Load, typename TmaLoad>
 __device__ __forceinline__ void bring_tiles_by(const DecodeParams& params, Pieces& pieces, Pipeline& pipeline,
                                                int token_bytes, int warp, int warps, Load load, TmaLoad tma_load) {
@@ -94,6 +98,7 @@ __device__ __forceinline__ void bring_tiles_by(const DecodeParams& params, Piece
         if (lane == 0) load(stage, row, box_page, page_box << shift, tma_load);
       }
       __syncwarp();
+      if (number == 0) ptx::wait_clocks(kHeadStart);
     }
   }
 }

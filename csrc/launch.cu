@@ -66,13 +66,13 @@ struct Choice {
 constexpr Choice kChoices[] = {
     // Few rows: bytes decide, and padding rows to 64 would only keep tiles in shared memory for longer. Two blocks of the combine
     // kernel fit beside each block of the narrowest.
-    {Kernel::kNarrow16, 16, 1, 2, 1, 1, 2, 2},
-    {Kernel::kNarrow32, 32, 1, 2, 1, 1, 2, 2},
+    {Kernel::kNarrow16, 16, 1, 2, 1, 1, 2, 1},
+    {Kernel::kNarrow32, 32, 1, 2, 1, 1, 2, 1},
     // Twice the workers of the next one, for many short requests that need not be split.
-    {Kernel::kNarrow64, 64, 1, 4, 1, 2, 4, 6},
+    {Kernel::kNarrow64, 64, 1, 4, 1, 2, 4, 3},
     // A thread block has registers for the results of 64 rows and half of the columns.
-    {Kernel::kWide64, 64, 2, 8, 2, 3, 8, 5},
-    {Kernel::kWide128, 128, 2, 8, 2, 3, 8, 5},
+    {Kernel::kWide64, 64, 2, 8, 2, 3, 8, 3},
+    {Kernel::kWide128, 128, 2, 8, 2, 3, 8, 3},
 };
 constexpr int kClusters = 66;       // of two multiprocessors, on the largest Hopper GPU
 constexpr int kShortRequest = 512;  // cached tokens

@@ -26,8 +26,8 @@ def check(case: Case) -> None:
     expected, expected_lse = mla_decode_fp64(**arguments)
     assert out.isfinite().all()
     error = (out.double() - expected).norm() / expected.norm().clamp(min=1e-30)
-    # A score is a sum of 576 products, scaled; fp32 rounds it to within eps times the sum of their magnitudes, and usually
-    # to about eps times the root of the sum of their squares. By as much, relatively, its probability is off.
+    # A score is a sum of 576 products, scaled; fp32 rounds it to within eps times the sum of their magnitudes, and
+    # usually to about eps times the root of the sum of their squares. By as much, relatively, its probability is off.
     rounding = torch.finfo(torch.float32).eps * 576 * case.deviation**2 * arguments["softmax_scale"]
     assert error < max(TOLERANCE[case.dtype], 2 * rounding / 576**0.5), f"relative error {error:.2e}"
     torch.testing.assert_close(lse.double(), expected_lse, rtol=1e-6, atol=max(rounding, 1e-6))

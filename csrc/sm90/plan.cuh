@@ -28,7 +28,7 @@ struct PlanParams {
   int least_share;  // as many workers as have this on average
   int begin_cost;   // of a request
   int uneven_cost;  // of shares that begin anywhere in requests of equal length
-  int split_cost;   // of parts: storing them, and combining them when all are there
+  int split_cost;   // of a part for each worker: storing them, and combining them when all are there
   bool batch_invariant;
 };
 
@@ -118,7 +118,9 @@ __global__ void __launch_bounds__(kPlanThreads) plan_kernel(PlanParams params, S
     const int parts = equal ? workers / max(1, requests) : 0, part = parts > 0 ? (length + parts - 1) / parts : 0;
     const bool evenly = parts > 0 && part <= all_tiles / workers + params.uneven_cost;
     const Division splitting(evenly ? all_tiles : division.total, workers);
-    whole = longest_whole_share <= (evenly ? part : splitting.quotient) + begin_cost + params.split_cost;
+    // Shares that begin anywhere begin with a part and end with another one.
+    const int longest_share = evenly ? part + params.split_cost : splitting.quotient + 2 * params.split_cost;
+    whole = longest_whole_share <= longest_share + begin_cost;
     if (!whole) {
       division = splitting;
       if (evenly) division.length = length, division.parts = parts, begin_cost = 0;

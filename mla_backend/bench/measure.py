@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import statistics
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -111,7 +112,7 @@ def ceilings(stopwatch: Stopwatch) -> dict[str, float]:
 
 
 def measure(shape: Shape, names: Iterable[str], machine: dict[str, float], stopwatch: Stopwatch, repeats: int) -> Row:
-    """Check every contender against the reference, then time them in turns."""
+    """Check every contender against the reference, then time them in turns, each time in another order."""
     step = make_step(shape)
     floor = shape.floor(machine["read_bytes_per_second"], machine["bf16_flops_per_second"]) * 1e6
     row = Row(shape.name, shape.heads, shape.heads * shape.queries, floor)
@@ -131,9 +132,11 @@ def measure(shape: Shape, names: Iterable[str], machine: dict[str, float], stopw
             torch.cuda.synchronize()
             row.timings[name].failure = f"{type(problem).__name__}: {problem}"[:200]
     times: dict[str, list[float]] = {name: [] for name in graphs}
+    rng = random.Random(0)
     for _ in range(repeats):
-        for name, graph in graphs.items():
-            times[name].append(stopwatch.microseconds(graph))
+        # Clocks are lower after a long kernel, so nobody follows it always.
+        for name in rng.sample(list(graphs), len(graphs)):
+            times[name].append(stopwatch.microseconds(graphs[name]))
     for name, values in times.items():
         row.timings[name] = Timing(statistics.median(values), min(values), max(values))
     return row

@@ -74,7 +74,7 @@ __global__ void __launch_bounds__(kPlanThreads) plan_kernel(PlanParams params, S
   __shared__ int first_request[kPlanThreads];  // of the share of the worker with the thread's number
   __shared__ Beginning beginnings[kPlanThreads];
   __shared__ int whole_tiles[kPlanThreads];  // of the worker's requests, where none is split
-  __shared__ int longest_whole_share;
+  __shared__ int longest, longest_whole_share;
   const int thread = threadIdx.x, requests = params.requests;
   const auto length_of = [&](int request) { return request < requests ? params.seq_lens[request] : 0; };
   const auto tiles_of = [](int seq_len) { return (seq_len + kTileTokens - 1) / kTileTokens; };
@@ -85,15 +85,15 @@ __global__ void __launch_bounds__(kPlanThreads) plan_kernel(PlanParams params, S
     return before;
   };
 
-  int all_tiles = 0, begun = 0;  // requests with tiles
-  bool equal = true;
-  const int length = tiles_of(length_of(0));
+  if (thread == 0) longest = longest_whole_share = 0;
+  __syncthreads();
+  int all_tiles = 0, begun = 0;  // requests with tiles; those without count for nothing, as CUDA graphs pad batches with them
   for (int first = 0; first < requests; first += kPlanThreads) {
-    const int request = first + thread, tiles = tiles_of(length_of(request));
+    const int tiles = tiles_of(length_of(first + thread));
     int sum;
     sum_before(tiles, sum);
+    if (tiles > 0) atomicMax(&longest, tiles);
     all_tiles += sum, begun += __syncthreads_count(tiles > 0);
-    equal &= __syncthreads_and(request >= requests || tiles == length);
   }
   // Without splits there may be a worker for every request. What would the longest share cost?
   Division division(all_tiles + begun * params.begin_cost, params.workers);
@@ -101,7 +101,6 @@ __global__ void __launch_bounds__(kPlanThreads) plan_kernel(PlanParams params, S
   bool whole = params.batch_invariant;
   if (!whole) {
     whole_tiles[thread] = 0;
-    if (thread == 0) longest_whole_share = 0;
     __syncthreads();
     for (int first = 0, before = 0; first < requests; first += kPlanThreads) {
       const int tiles = tiles_of(length_of(first + thread)), cost = tiles > 0 ? tiles + begin_cost : 0;
@@ -115,15 +114,18 @@ __global__ void __launch_bounds__(kPlanThreads) plan_kernel(PlanParams params, S
     __syncthreads();
 
     const int workers = max(1, min(params.workers, all_tiles / params.least_share));
-    const int parts = equal ? workers / max(1, requests) : 0, part = parts > 0 ? (length + parts - 1) / parts : 0;
+    const bool equal = all_tiles == begun * longest;
+    const int parts = equal ? workers / max(1, begun) : 0, part = parts > 0 ? (longest + parts - 1) / parts : 0;
     const bool evenly = parts > 0 && part <= all_tiles / workers + params.uneven_cost;
     const Division splitting(evenly ? all_tiles : division.total, workers);
-    // Shares that begin anywhere begin with a part and end with another one.
-    const int longest_share = evenly ? part + params.split_cost : splitting.quotient + 2 * params.split_cost;
-    whole = longest_whole_share <= longest_share + begin_cost;
+    // Shares that begin anywhere begin with a part and end with another one. Where multiprocessors are idle, the combine kernel
+    // has looked up its work when the parts are there.
+    int split_cost = evenly ? params.split_cost : 2 * params.split_cost;
+    if ((evenly ? parts * begun : workers) <= params.workers / 2) split_cost = max(1, params.split_cost / 3);
+    whole = longest_whole_share <= (evenly ? part : splitting.quotient) + split_cost + begin_cost;
     if (!whole) {
       division = splitting;
-      if (evenly) division.length = length, division.parts = parts, begin_cost = 0;
+      if (evenly) division.length = longest, division.parts = parts, begin_cost = 0;
     }
   }
   const int nobody = whole ? INT_MAX : -1;

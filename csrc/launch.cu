@@ -68,7 +68,7 @@ constexpr Choice kChoices[] = {
     // kernel fit beside each block of the narrowest.
     {Kernel::kNarrow16, 16, 1, 2, 1, 1, 2, 1},
     {Kernel::kNarrow32, 32, 1, 2, 1, 1, 2, 1},
-    // Twice the workers of the next one, for many short requests that need not be split.
+    // Twice the workers of the next one, for many short requests (padding counted, as a captured step has it), hardly ever split.
     {Kernel::kNarrow64, 64, 1, 4, 1, 2, 4, 3},
     // A thread block has registers for the results of 64 rows and half of the columns.
     {Kernel::kWide64, 64, 2, 8, 2, 3, 8, 3},

@@ -56,7 +56,6 @@ def readable(mangled: str) -> str:
     name = next(part for part in re.findall(r"\d+([a-z_]+?_kernel)", mangled))
     element = {"13__nv_bfloat16": "bf16", "6__half": "fp16"}
     arguments = [short for long, short in element.items() if long in mangled] + re.findall(r"Li(\d+)E", mangled)
-    arguments += [("false", "true")[int(value)] for value in re.findall(r"Lb([01])E", mangled)]
     return f"{name}<{', '.join(arguments)}>" if arguments else name
 
 

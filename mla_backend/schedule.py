@@ -86,16 +86,17 @@ class DecodeSchedule:
             seq_lens: [requests] int32, cached tokens per request.
             heads: query heads, 1 to 128.
             max_query_len: upper bound on a request's query tokens; at most 65535 on a GPU.
-            max_seq_len: upper bound on `seq_lens`. The kernel is chosen by this and the number of requests, heads and
-                query tokens, so a captured step must be replayed with schedules made with the same bounds.
+            max_seq_len: upper bound on `seq_lens`. The kernel is chosen by this, the numbers of requests, heads and
+                query tokens, and `batch_invariant`, so a captured step must be replayed with schedules made with the
+                same.
             batch_invariant: see `DecodeSchedule`.
             buffers: where the schedule is written, so that its addresses outlive the step (a CUDA graph replays with
                 the addresses it was captured with); by default fresh memory.
 
         Raises:
             ValueError: there are more requests than `buffers` has room for.
-            RuntimeError: `seq_lens` is no int32 tensor, or there are no such numbers of heads or query tokens, where
-                the compiled kernels make the schedule.
+            RuntimeError: `seq_lens` is no int32 tensor, or there are no such numbers of heads, query or cached tokens,
+                where the compiled kernels make the schedule.
         """
         requests = seq_lens.shape[0]
         if buffers is None:

@@ -1,5 +1,5 @@
-// MLA decode on Hopper for more than 32 query rows: a cluster of two thread blocks attends 64 or 128 query rows of a
-// request to a share of its cached tokens.
+// MLA decode on Hopper for more than 32 query rows, or 64 where there are many short requests: a cluster of two thread blocks
+// attends 64 or 128 query rows of a request to a share of its cached tokens.
 //
 // The 576 numbers of a token are divided between the blocks: each has 256 latent ones, which are keys and values, and 32
 // rotary ones. So a cached number enters one multiprocessor only, a tile of 64 tokens takes 36.9 kB of shared memory,

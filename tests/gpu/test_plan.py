@@ -46,7 +46,7 @@ def pieces_of_requests(shares: list[list[int]], tiles: list[int]) -> list[list[P
 
 def check_balance(shares: list[list[int]], tiles: list[int], is_split: bool, query_rows: int) -> None:
     """No share costs more than the others by more than a tile and the beginning of a request, or than parts cost."""
-    # As in csrc/launch.cu.
+    # As in csrc/launch.cu, but for many short requests, whose own are cheaper.
     least_share, begin_cost, uneven_cost, split_cost = (1, 1, 2, 1) if query_rows <= 32 else (2, 3, 8, 3)
     total, begun = sum(tiles), sum(count > 0 for count in tiles)
     workers = min(len(shares), max(1, total // least_share))

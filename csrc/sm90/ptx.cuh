@@ -132,8 +132,8 @@ __device__ __forceinline__ void fence_proxy_async() {
 // would be moved there before every single one.
 __device__ __forceinline__ int uniform(int value) { return __shfl_sync(~0u, value, 0); }
 
-__device__ __forceinline__ void wait_until(long long clock) {
-  while (clock64() < clock) continue;
+__device__ __forceinline__ void wait_clocks(int count) {
+  for (const long long begin = clock64(); clock64() - begin < count;) continue;
 }
 
 // --- synchronisation and registers ----------------------------------------------------------------------------------

@@ -56,9 +56,10 @@ struct Pipeline {
   __device__ void release(int number) { ptx::mbarrier_arrive(&empty[stage(number)]); }
 };
 
-// Clocks by which a block's first tile is asked for before the next. Asked for together by all blocks, they share the bandwidth,
-// and everybody waits for the first until nearly all have come.
-constexpr int kHeadStart = 1500;
+// Clocks that pass after a block's first tile has been asked for and before the next is. Asked for together by all blocks, they
+// share the bandwidth, and everybody waits for the first until nearly all have come. (To count from the first order on would cost
+// a look at the clock before every tile, which 128 rows feel.)
+constexpr int kHeadStart = 1000;
 
 template <typename Pipeline, typename Load, typename TmaLoad>
 __device__ __forceinline__ void bring_tiles_by(const DecodeParams& params, Pieces& pieces, Pipeline& pipeline,
@@ -67,7 +68,6 @@ __device__ __forceinline__ void bring_tiles_by(const DecodeParams& params, Piece
   const int shift = params.box_shift, box_tokens = 1 << shift, tile_boxes = kTileTokens >> shift;
   const auto page_index = [&](int box) { return params.boxes_per_page == 1 ? box : box / params.boxes_per_page; };
   int number = 0;
-  long long begin = 0;
   Piece piece;
   while (pieces.take(piece)) {
     // The lanes hold the page numbers of the next 64 boxes. They do not wait for the length where a tile
@@ -90,8 +90,6 @@ __device__ __forceinline__ void bring_tiles_by(const DecodeParams& params, Piece
       const int first = tile * kTileTokens, stage = pipeline.stage(number);
       const int tokens = min(kTileTokens, seq_len - first + box_tokens - 1 >> shift << shift);
       pipeline.wait_empty(number);
-      if (number == 0) begin = clock64();
-      if (number == 1) ptx::wait_until(begin + kHeadStart);
       // Both warps arrive, even where one has no box to bring, or it could fall behind by a round of stages.
       if (lane == 0 && warp == 0) ptx::mbarrier_arrive_expect_tx(&pipeline.full[stage], tokens * token_bytes);
       if (lane == 0 && warp > 0) ptx::mbarrier_arrive(&pipeline.full[stage]);
@@ -101,6 +99,7 @@ __device__ __forceinline__ void bring_tiles_by(const DecodeParams& params, Piece
         if (lane == 0) load(stage, row, box_page, page_box << shift, tma_load);
       }
       __syncwarp();
+      if (number == 0) ptx::wait_clocks(kHeadStart);
     }
   }
 }

@@ -73,7 +73,7 @@ __global__ void __launch_bounds__(kPlanThreads) plan_kernel(PlanParams params, S
   __shared__ typename Scan::TempStorage storage;
   __shared__ int first_request[kPlanThreads];  // of the share of the worker with the thread's number
   __shared__ Beginning beginnings[kPlanThreads];
-  __shared__ int whole_tiles[kPlanThreads];  // of the worker's requests, where none is split
+  __shared__ int whole_tiles[kPlanThreads];  // of the worker's requests, where none is split; while that is judged, their costs
   __shared__ int longest, longest_whole_share;
   const int thread = threadIdx.x, requests = params.requests;
   const auto length_of = [&](int request) { return request < requests ? params.seq_lens[request] : 0; };

@@ -153,6 +153,8 @@ void mla_decode(const Tensor& q_nope, const Tensor& q_pe, const Tensor& kv_cache
   check("seq_lens", seq_lens, device, ScalarType::Int, {kAny});
   const int64_t requests = seq_lens.size(0);
   check("block_table", block_table, device, ScalarType::Int, {requests, kAny});
+  STD_TORCH_CHECK(block_table.size(1) <= max_pages(page_size), "mla_decode: block_table has ", block_table.size(1),
+                  " pages of ", page_size, " tokens for a request, wanted at most ", max_pages(page_size));
   check("query_start_loc", query_start_loc, device, ScalarType::Int, {requests + 1});
   check_schedule(shares, splits, device, requests);
   check("partial_lse", partial_lse, device, ScalarType::Float, {kAny, 2, kPartialRows});
@@ -183,7 +185,6 @@ void mla_decode(const Tensor& q_nope, const Tensor& q_pe, const Tensor& kv_cache
   params.query_start_loc = static_cast<const int32_t*>(query_start_loc.const_data_ptr());
   params.shares = static_cast<const Share*>(shares.const_data_ptr());
   params.tokens = static_cast<int>(tokens), params.heads = static_cast<int>(heads);
-  params.heads_reciprocal = static_cast<uint32_t>((0x1'0000'0000 + heads - 1) / heads);
   params.requests = static_cast<int>(requests), params.page_size = static_cast<int>(page_size);
   params.max_query_len = static_cast<int>(max_query_len);
   params.workers = static_cast<int>(workers);

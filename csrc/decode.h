@@ -11,6 +11,9 @@ constexpr int kHeadDim = kLatentDim + kRopeDim;
 constexpr int kMaxHeads = 128;
 constexpr int kMaxTokens = 65535;  // query tokens: thread blocks that a grid can have in its second dimension
 
+// Pages that a request may have: with more, the device's divisions by their size would not be exact.
+constexpr int64_t max_pages(int64_t page_size) { return (int64_t{1} << 42) / page_size / page_size; }
+
 constexpr int kTileTokens = 64;   // cached tokens that a thread block handles at a time: the unit of the schedule
 constexpr int kPartialRows = 64;  // query rows (token and head) that there is room for in a partial result, per multiprocessor
 
@@ -43,9 +46,9 @@ struct DecodeParams {
   const Share* shares;             // [workers], the schedule
 
   int tokens, heads, requests, page_size;
-  uint32_t heads_reciprocal;  // 2^32 / heads, rounded up
   int max_query_len;          // query tokens that a request may have
   int workers;                // thread blocks, or clusters of them, that share the tiles
+  uint32_t heads_reciprocal, boxes_reciprocal;  // for quotient()
   // Set with the choice of the kernel: a request's query rows (token and head) are handled in blocks of whole tokens, each of
   // them by all workers.
   int block_rows, row_blocks;
@@ -62,7 +65,8 @@ struct DecodeParams {
   int64_t lse_token_stride, lse_head_stride;
 
   // Results of requests that several workers share: [slots, row_blocks, block_rows, 512] normalised, and the base-2 logarithm
-  // of their denominators [slots, row_blocks, block_rows].
+  // of their denominators [slots, row_blocks, block_rows]. Of each sixteen columns the second eight lie between the first eight:
+  // 0, 8, 1, 9 and so on. The tensor cores leave columns eight apart to a thread, which so stores twice as many at a time.
   float* partial_out;
   float* partial_lse;
 };

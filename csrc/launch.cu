@@ -142,6 +142,9 @@ void combine(const DecodeParams& params, int more, cudaStream_t stream) {
   check("combine kernel", cudaLaunchKernelEx(&config, sm90::combine_kernel<Element>, params));
 }
 
+// What quotient() takes.
+uint32_t reciprocal(int divisor) { return static_cast<uint32_t>((0x1'0000'0000 + divisor - 1) / divisor); }
+
 template <typename Element>
 void launch(DecodeParams params, const Blocks& blocks, const Cache& cache, CUtensorMapDataType type, cudaStream_t stream) {
   using namespace sm90;
@@ -150,6 +153,7 @@ void launch(DecodeParams params, const Blocks& blocks, const Cache& cache, CUten
   params.row_blocks = blocks.count;
   params.box_shift = __builtin_ctz(std::min(params.page_size, kTileTokens / blocks.choice.cluster));
   params.boxes_per_page = params.page_size >> params.box_shift;
+  params.heads_reciprocal = reciprocal(params.heads), params.boxes_reciprocal = reciprocal(params.boxes_per_page);
   switch (blocks.choice.kernel) {
     case Kernel::kNarrow16:
       decode<NarrowShared<Element, 16>>(decode_narrow_kernel<Element, 16>, blocks.choice, params, cache, type, stream);

@@ -18,6 +18,7 @@ from mla_backend.dimensions import (
     QK_ROPE_HEAD_DIM,
     SHARE_NUMBERS,
     TILE_TOKENS,
+    max_pages,
 )
 
 QUERY_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -106,7 +107,11 @@ def check_arguments(
 
 
 def check_compiled(
-    q_nope: torch.Tensor, kv_cache: torch.Tensor, shares: torch.Tensor, partial_out: torch.Tensor
+    q_nope: torch.Tensor,
+    kv_cache: torch.Tensor,
+    block_table: torch.Tensor,
+    shares: torch.Tensor,
+    partial_out: torch.Tensor,
 ) -> None:
     """Check what the compiled kernels ask beyond `check_arguments`.
 
@@ -122,6 +127,10 @@ def check_compiled(
     if kv_cache.shape[1] not in (16, 32) and kv_cache.shape[1] % TILE_TOKENS:
         wanted = ("pages", f"16, 32 or a multiple of {TILE_TOKENS} on a GPU", HEAD_DIM)
         raise _wrong_shape("kv_cache", kv_cache, wanted)
+    page_size = kv_cache.shape[1]
+    if block_table.shape[1] > max_pages(page_size):
+        few = f"at most {max_pages(page_size)} pages of {page_size} tokens on a GPU"
+        raise _wrong_shape("block_table", block_table, ("requests", few))
     aligned = {"kv_cache": kv_cache, "schedule.shares": shares, "schedule.buffers.partial_out": partial_out}
     for name, tensor in aligned.items():
         starts = (tensor.data_ptr(), *(stride * tensor.element_size() for stride in tensor.stride()[:-1]))

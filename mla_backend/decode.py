@@ -123,6 +123,6 @@ def mla_decode(
         # The only type that the compiled kernels can raise. If an argument is wrong, these raise the promised one.
         check_arguments(*arguments)
         if q_nope.is_cuda and has_compiled_kernels():
-            check_compiled(q_nope, kv_cache, schedule.shares, schedule.buffers.partial_out)
+            check_compiled(q_nope, kv_cache, block_table, schedule.shares, schedule.buffers.partial_out)
         raise
     return out if lse is None else (out, lse)

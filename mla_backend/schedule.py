@@ -16,7 +16,8 @@ class ScheduleBuffers:
     Attributes:
         shares: [multiprocessors, 8] int32, see `DecodeSchedule`.
         splits: [max_requests + 1] int32, see `DecodeSchedule`.
-        partial_out: [multiprocessors, 2, 64, 512] fp32: a worker may hold a part of its first request and of its last.
+        partial_out: [multiprocessors, 2, 64, 512] fp32, with columns in the order that csrc/decode.h says: a worker may
+            hold a part of its first request and of its last.
         partial_lse: [multiprocessors, 2, 64] fp32, the base-2 logarithm of the parts' softmax denominators.
     """
 

@@ -37,15 +37,14 @@ __device__ __forceinline__ float& output_lse(const DecodeParams& params, int tok
   return params.lse[token * params.lse_token_stride + head * params.lse_head_stride];
 }
 
-// Of an output row, from the element at `to` on.
+// Two neighbours of an output row, from the element at `to` on.
 template <typename Element>
-__device__ __forceinline__ void store_four(const DecodeParams& params, Element* to, float4 value) {
-  const uint32_t low = pack<Element>(value.x, value.y), high = pack<Element>(value.z, value.w);
+__device__ __forceinline__ void store_two(const DecodeParams& params, Element* to, float first, float second) {
+  const uint32_t two = pack<Element>(first, second);
   if (params.output_is_vectors) {
-    reinterpret_cast<uint32_t*>(to)[0] = low, reinterpret_cast<uint32_t*>(to)[1] = high;
+    *reinterpret_cast<uint32_t*>(to) = two;
   } else {
-    to[0] = reinterpret_cast<const Element(&)[2]>(low)[0], to[1] = reinterpret_cast<const Element(&)[2]>(low)[1];
-    to[2] = reinterpret_cast<const Element(&)[2]>(high)[0], to[3] = reinterpret_cast<const Element(&)[2]>(high)[1];
+    to[0] = reinterpret_cast<const Element(&)[2]>(two)[0], to[1] = reinterpret_cast<const Element(&)[2]>(two)[1];
   }
 }
 
@@ -187,13 +186,16 @@ class Combiner {
   }
 
   __device__ __forceinline__ void store(int unit, PartialSum& sum) const {
-    const int row = unit / kRowUnits, column = unit % kRowUnits * kUnitColumns + lane * 4;
+    // Of sixteen columns a thread has two neighbours and, between these, those eight further on.
+    const int row = unit / kRowUnits, column = unit % kRowUnits * kUnitColumns + lane / 4 * 16 + lane % 4 * 2;
     const int query = query_of_row(params, row), token = parts.first_token + query, head = row - query * params.heads;
     if (column == 0 && params.lse != nullptr) {
       output_lse(params, token, head) = sum.total > 0 ? (sum.peak + ptx::log2(sum.total)) * kLn2 : -INFINITY;
     }
     sum.rescale(sum.total > 0 ? ptx::reciprocal(sum.total) : 0);
-    store_four(params, output_row<Element>(params, token, head) + column, sum.values);
+    Element* to = output_row<Element>(params, token, head) + column;
+    store_two(params, to, sum.values.x, sum.values.z);
+    store_two(params, to + 8, sum.values.y, sum.values.w);
   }
 
   const DecodeParams& params;
@@ -227,7 +229,7 @@ __device__ __forceinline__ void clear_rows(const DecodeParams& params) {
 #pragma unroll 1
       for (int head = 0; head < params.heads; ++head) {
         Element* to = output_row<Element>(params, token, head);
-        for (int column = lane * 4; column < kLatentDim; column += 128) store_four(params, to + column, make_float4(0, 0, 0, 0));
+        for (int column = lane * 2; column < kLatentDim; column += 64) store_two(params, to + column, 0, 0);
         if (lane == 0 && params.lse != nullptr) output_lse(params, token, head) = -INFINITY;
       }
     }

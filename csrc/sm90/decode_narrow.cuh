@@ -311,11 +311,11 @@ __device__ void consume_narrow(const DecodeParams& params, NarrowShared<Element,
             }
           }
         } else {
-          float* to = results.partial_out(row) + column;
+          float2* to = reinterpret_cast<float2*>(results.partial_out(row) + group * kGroupBlocks * 64 + warp * 16) + lane / 4;
 #pragma unroll
           for (int b = 0; b < kGroupBlocks; ++b) {
-#pragma unroll
-            for (int i = 0; i < 2; ++i) to[b * 64 + i * 8] = out[b][c / 2 * 4 + i * 2 + c % 2] * factor;
+            const float* two = &out[b][c / 2 * 4 + c % 2];
+            to[b * 32] = make_float2(two[0] * factor, two[2] * factor);
           }
         }
         if (!Scores::kByRows && threadIdx.x < 4) store_lse(row, total, reference[c % kColumns]);
@@ -353,8 +353,8 @@ __global__ void __launch_bounds__(NarrowRegisters<kN>::kThreads, 1)
         if (warp > 0) return;
         bring_tiles(params, pieces, shared.tiles, kHeadDim * sizeof(Element),
                     [&](int stage, int tile_row, int page, int page_row, auto tma_load) {
-#pragma unroll
-                      for (int block = 0; block < kColumnBlocks; ++block) {
+                      const int block = threadIdx.x % 32;
+                      if (block < kColumnBlocks) {
                         tma_load(&shared.tile[stage][block][tile_row], &maps.latent, block * 64, page_row, page,
                                  &shared.tiles.full[stage]);
                       }
@@ -364,8 +364,8 @@ __global__ void __launch_bounds__(NarrowRegisters<kN>::kThreads, 1)
         bring_queries(
             params, pieces, shared.queries, shared.work, params.block_rows * kHeadDim * sizeof(Element),
             [&](int stage, int token) {
-#pragma unroll
-              for (int block = 0; block < kColumnBlocks; ++block) {
+              const int block = threadIdx.x % 32;
+              if (block < kColumnBlocks) {
                 const bool rope = block == kLatentDim / 64;
                 ptx::tma_load(&shared.query[stage][block], rope ? &maps.rope_query : &maps.latent_query,
                               rope ? 0 : block * 64, 0, token, &shared.queries.full[stage]);

@@ -448,26 +448,33 @@ class WideConsumer {
   // Write accumulators kBegin to kEnd (not included) of the own rows, times their factors.
   template <int kBegin, int kEnd>
   __device__ __forceinline__ void store(const float (&out)[128], const float (&factor)[2], const Rows<Element>& results) {
-    const int column = rank * kBlockLatent + own_column;
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       const int row = first_row() + own_row + 8 * i;
-      if (row >= results.last_row) continue;
+      const bool exists = row < results.last_row;
+      const auto value = [&](int j) { return out[j + i * 2] * factor[i]; };
+      // At 0 and 1, two neighbours in a group of eight columns; at 4 and 5, those in the next group.
       if (!results.whole) {
-        float* to = results.partial_out(row) + column;
+        float4* to = reinterpret_cast<float4*>(results.partial_out(row) + rank * kBlockLatent) + lane % 4;
+#pragma unroll
+        for (int j = kBegin; j < kEnd; j += 8) {
+          if (exists) to[j / 2] = make_float4(value(j), value(j + 4), value(j + 1), value(j + 5));
+        }
+      } else if (params.output_is_vectors) {
+        // Lanes with even numbers exchange what they have of the second group for what the others have of the first, so that all
+        // store four columns of one: 32 bytes of a row at a time.
+        Element* to = results.out(row) + rank * kBlockLatent + lane % 2 * 8 + lane % 4 / 2 * 4;
+#pragma unroll
+        for (int j = kBegin; j < kEnd; j += 8) {
+          const uint32_t first = pack<Element>(value(j), value(j + 1)), second = pack<Element>(value(j + 4), value(j + 5));
+          const uint32_t received = __shfl_xor_sync(~0u, lane % 2 ? first : second, 1);
+          if (exists) *reinterpret_cast<uint2*>(to + j * 2) = lane % 2 ? make_uint2(received, second) : make_uint2(first, received);
+        }
+      } else if (exists) {
+        Element* to = results.out(row) + rank * kBlockLatent + own_column;
 #pragma unroll
         for (int j = kBegin; j < kEnd; j += 4) {
-          *reinterpret_cast<float2*>(to + j * 2) = make_float2(out[j + i * 2] * factor[i], out[j + i * 2 + 1] * factor[i]);
-        }
-        continue;
-      }
-      Element* to = results.out(row) + column;
-#pragma unroll
-      for (int j = kBegin; j < kEnd; j += 4) {
-        const uint32_t two = pack<Element>(out[j + i * 2] * factor[i], out[j + i * 2 + 1] * factor[i]);
-        if (params.output_is_vectors) {
-          *reinterpret_cast<uint32_t*>(to + j * 2) = two;
-        } else {
+          const uint32_t two = pack<Element>(value(j), value(j + 1));
           to[j * 2] = reinterpret_cast<const Element(&)[2]>(two)[0];
           to[j * 2 + 1] = reinterpret_cast<const Element(&)[2]>(two)[1];
         }
@@ -524,12 +531,13 @@ __global__ void __cluster_dims__(2) __launch_bounds__(kThreads, 1)
                       auto& tile = shared.tile[stage];
                       const int tile_row = token ^ rank * kHalfTokens;  // the own tokens first
                       uint64_t* full = &shared.tiles.full[stage];
-#pragma unroll
-                      for (int block = 0; block < kLatentBlocks; ++block) {
-                        tma_load(&tile.latent[block][tile_row], &maps.latent, rank * kBlockLatent + block * 64, page_row,
-                                 page, full);
+                      const int block = threadIdx.x % 32;
+                      if (block <= kLatentBlocks) {
+                        const bool rope = block == kLatentBlocks;
+                        tma_load(rope ? &tile.rope[tile_row][0] : &tile.latent[block][tile_row][0],
+                                 rope ? &maps.rope : &maps.latent,
+                                 rope ? kLatentDim + rank * kBlockRope : rank * kBlockLatent + block * 64, page_row, page, full);
                       }
-                      tma_load(&tile.rope[tile_row], &maps.rope, kLatentDim + rank * kBlockRope, page_row, page, full);
                     },
                     warp, 2);
       },
@@ -537,12 +545,14 @@ __global__ void __cluster_dims__(2) __launch_bounds__(kThreads, 1)
         bring_queries(
             params, pieces, shared.queries, shared.work, params.block_rows * (kBlockLatent + kBlockRope) * sizeof(Element),
             [&](int, int token) {
-#pragma unroll
-              for (int block = 0; block < kLatentBlocks; ++block) {
-                ptx::tma_load(&shared.query.latent[block], &maps.latent_query, rank * kBlockLatent + block * 64, 0, token,
+              const int block = threadIdx.x % 32;
+              if (block <= kLatentBlocks) {
+                const bool rope = block == kLatentBlocks;
+                ptx::tma_load(rope ? &shared.query.rope[0][0] : &shared.query.latent[block][0][0],
+                              rope ? &maps.rope_query : &maps.latent_query,
+                              rank * (rope ? kBlockRope : kBlockLatent) + (rope ? 0 : block * 64), 0, token,
                               &shared.queries.full[0]);
               }
-              ptx::tma_load(&shared.query.rope, &maps.rope_query, rank * kBlockRope, 0, token, &shared.queries.full[0]);
             },
             [&](int, const Piece& piece) {
               const int first_row = blockIdx.y * params.block_rows;

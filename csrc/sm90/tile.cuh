@@ -61,14 +61,22 @@ struct Pipeline {
 // a look at the clock before every tile, which 128 rows feel.)
 constexpr int kHeadStart = 1000;
 
-template <typename Pipeline, typename Load, typename TmaLoad>
-__device__ __forceinline__ void bring_tiles_by(const DecodeParams& params, Pieces& pieces, Pipeline& pipeline,
-                                               int token_bytes, int warp, int warps, Load load, TmaLoad tma_load) {
+// A tile warp: bring the tiles of this worker's share, stage after stage, as consumers empty them. `load(stage, token, page,
+// page_row, tma_load)` starts the copies of a box of tokens with that function, each by a lane of its own, `token_bytes` for each
+// token. This is number `warp` of `warps` tile warps, which bring boxes in turn, as to start a copy takes a warp about 80 clocks.
+//
+// Every instruction up to the first copy is waited for, as nobody has needed it before, so there are as few as can be: one copy for
+// all lanes in the code, nothing unrolled.
+template <typename Pipeline, typename Load>
+__device__ __forceinline__ void bring_tiles(const DecodeParams& params, Pieces& pieces, Pipeline& pipeline, int token_bytes,
+                                            Load load, int warp = 0, int warps = 1) {
+  const bool evict_first = pieces.read_little_once();
   const int lane = threadIdx.x % 32;
   const int shift = params.box_shift, box_tokens = 1 << shift, tile_boxes = kTileTokens >> shift;
-  const auto page_index = [&](int box) { return params.boxes_per_page == 1 ? box : box / params.boxes_per_page; };
+  const auto page_index = [&](int box) { return quotient(box, params.boxes_per_page, params.boxes_reciprocal); };
   int number = 0;
   Piece piece;
+#pragma unroll 1
   while (pieces.take(piece)) {
     // The lanes hold the page numbers of the next 64 boxes. They do not wait for the length where a tile
     // lies in one page.
@@ -81,6 +89,7 @@ __device__ __forceinline__ void bring_tiles_by(const DecodeParams& params, Piece
     int page = page_of(first_box + lane), next_page = page_of(first_box + 32 + lane);
     pieces.find_queries(piece);
     if (static_cast<int>(blockIdx.y) * params.block_rows >= piece.rows(params)) continue;
+#pragma unroll 1
     for (int tile = piece.first_tile; tile < piece.last_tile; ++tile, ++number) {
       const int index = (tile - piece.first_tile) * tile_boxes;
       if (index % 32 == 0 && index > 0) {
@@ -93,31 +102,20 @@ __device__ __forceinline__ void bring_tiles_by(const DecodeParams& params, Piece
       // Both warps arrive, even where one has no box to bring, or it could fall behind by a round of stages.
       if (lane == 0 && warp == 0) ptx::mbarrier_arrive_expect_tx(&pipeline.full[stage], tokens * token_bytes);
       if (lane == 0 && warp > 0) ptx::mbarrier_arrive(&pipeline.full[stage]);
+#pragma unroll 1
       for (int box = warp, row = box << shift; row < tokens; box += warps, row = box << shift) {
         const int box_page = __shfl_sync(~0u, page, (index + box) % 32);
         const int all_boxes = first_box + index + box, page_box = all_boxes - page_index(all_boxes) * params.boxes_per_page;
-        if (lane == 0) load(stage, row, box_page, page_box << shift, tma_load);
+        // To ask for the usual policy in words, as the other is asked for, takes 5 % longer.
+        if (evict_first) {
+          load(stage, row, box_page, page_box << shift, [](auto... copy) { ptx::tma_load_evict_first(copy...); });
+        } else {
+          load(stage, row, box_page, page_box << shift, [](auto... copy) { ptx::tma_load(copy...); });
+        }
       }
       __syncwarp();
       if (number == 0) ptx::wait_clocks(kHeadStart);
     }
-  }
-}
-
-// A tile warp: bring the tiles of this worker's share, stage after stage, as consumers empty them. `load(stage, token, page,
-// page_row, tma_load)` starts the copies of a box of tokens with that function, `token_bytes` for each of them. This is
-// number `warp` of `warps` tile warps, which bring boxes in turn, as to start a copy takes a warp about 80 clocks.
-template <typename Pipeline, typename Load>
-__device__ void bring_tiles(const DecodeParams& params, Pieces& pieces, Pipeline& pipeline, int token_bytes, Load load,
-                            int warp = 0, int warps = 1) {
-  // Chosen once, because this warp has not the time to choose for every copy. To ask for the usual policy in words, as the
-  // other is asked for, takes 5 % longer.
-  if (pieces.read_little_once()) {
-    bring_tiles_by(params, pieces, pipeline, token_bytes, warp, warps, load,
-                   [](auto... copy) { ptx::tma_load_evict_first(copy...); });
-  } else {
-    bring_tiles_by(params, pieces, pipeline, token_bytes, warp, warps, load,
-                   [](auto... copy) { ptx::tma_load(copy...); });
   }
 }
 
@@ -149,7 +147,7 @@ __device__ void copy_rows(const DecodeParams& params, const Element* from, int64
 
 // The query warp: bring a block of query rows for every piece of this worker's share, and with it say in work[2] what the
 // piece is; after the last a piece without tiles. `load(stage, token)` starts the copies of the block that begins with this
-// query token, `bytes` in all; `copy(stage, piece)` does the same without the copy engine. Rows past the request's are
+// query token, `bytes` in all, each by a lane of its own; `copy(stage, piece)` does the same without the copy engine. Rows past the request's are
 // whatever lies there, and nobody looks at what becomes of them. All lanes arrive at the barrier, as all may have written.
 template <typename Pipeline, typename Load, typename Copy>
 __device__ void bring_queries(const DecodeParams& params, Pieces& pieces, Pipeline& pipeline, Piece* work, int bytes,
@@ -163,15 +161,17 @@ __device__ void bring_queries(const DecodeParams& params, Pieces& pieces, Pipeli
     if (first_row >= piece.rows(params)) continue;
     const int stage = pipeline.stage(number);
     pipeline.wait_empty(number);
-    if (!params.queries_are_vectors) {
-      copy(stage, piece);
-      ptx::fence_proxy_async();
-    }
     if (lane == 0) work[number & 1] = piece;
-    if (lane == 0 && params.queries_are_vectors) {
-      ptx::mbarrier_arrive_expect_tx(&pipeline.full[stage], bytes);
+    if (params.queries_are_vectors) {
+      if (lane == 0) {
+        ptx::mbarrier_arrive_expect_tx(&pipeline.full[stage], bytes);
+      } else {
+        ptx::mbarrier_arrive(&pipeline.full[stage]);
+      }
       load(stage, piece.first_token + query_of_row(params, first_row));
     } else {
+      copy(stage, piece);
+      ptx::fence_proxy_async();
       ptx::mbarrier_arrive(&pipeline.full[stage]);
     }
     ++number;
@@ -186,6 +186,7 @@ __device__ void bring_queries(const DecodeParams& params, Pieces& pieces, Pipeli
 template <int kBlocks, typename Element>
 __device__ void clear_rows_from(int token, ColumnBlock<Element> (&tile)[kBlocks], int barrier, int swapped = 0) {
   constexpr int kChunks = 8 * kBlocks;  // of 16 bytes, in a row
+#pragma unroll 1
   for (int i = token * kChunks + threadIdx.x % 128; i < kTileTokens * kChunks; i += 128) {
     const int row = i / kChunks ^ swapped, chunk = i % kChunks;  // whole rows, so the swizzle does not matter
     reinterpret_cast<uint4*>(&tile[chunk / 8][row])[chunk % 8] = make_uint4(0, 0, 0, 0);
@@ -223,6 +224,7 @@ struct Rows {
            (row - query * params.heads) * params.out_head_stride;
   }
 
+  // Of a partial result (csrc/decode.h says how its columns lie).
   __device__ __forceinline__ float* partial_out(int row) const {
     return params.partial_out + static_cast<int64_t>(first_partial_row + row - first_row) * kLatentDim;
   }

@@ -18,9 +18,13 @@ struct Piece {
   __device__ int rows(const DecodeParams& params) const { return queries * params.heads; }
 };
 
-// row / heads, without a division.
+// a / divisor in few instructions, given 2^32 / divisor, rounded up. Exact where a x divisor is less than 2^32.
+__device__ __forceinline__ int quotient(int a, int divisor, uint32_t reciprocal) {
+  return divisor == 1 ? a : __umulhi(a, reciprocal);
+}
+
 __device__ __forceinline__ int query_of_row(const DecodeParams& params, int row) {
-  return params.heads == 1 ? row : __umulhi(row, params.heads_reciprocal);
+  return quotient(row, params.heads, params.heads_reciprocal);
 }
 
 // The pieces of a worker's share, one after the other. Its functions are called by whole warps.

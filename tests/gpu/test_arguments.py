@@ -162,6 +162,19 @@ def test_too_many_tokens_are_named() -> None:
         mla_decode(**{**arguments, **tokens})
 
 
+def test_too_many_pages_are_named() -> None:
+    arguments = inputs()
+    cache = arguments["kv_cache"][:1, :1].expand(5, 1 << 20, 576)  # 4 of these pages are allowed
+    table = arguments["block_table"][:, :1].repeat(1, 5)
+    pages = {"kv_cache": cache, "block_table": table}
+    with pytest.raises(
+        ValueError, match=r"block_table has shape \[2, 5\], wanted \[requests, at most 4 pages of 1048576 tok"
+    ):
+        mla_decode(**{**arguments, **pages})
+    with pytest.raises(RuntimeError, match="block_table has 5 pages of 1048576 tokens for a request, wanted at most 4"):
+        torch.ops.mla_backend.mla_decode(**{**operator_arguments(), **pages})
+
+
 def test_what_is_allowed_is_not_refused() -> None:
     """A dimension of one entry may have any stride, rows of `out` any alignment, and pages any gap of 16 bytes."""
     arguments = inputs()

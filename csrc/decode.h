@@ -11,10 +11,12 @@ constexpr int kHeadDim = kLatentDim + kRopeDim;
 constexpr int kMaxHeads = 128;
 constexpr int kMaxTokens = 65535;  // query tokens: thread blocks that a grid can have in its second dimension
 
-// Pages that a request may have: with more, the device's divisions by their size would not be exact.
-constexpr int64_t max_pages(int64_t page_size) { return (int64_t{1} << 42) / page_size / page_size; }
-
 constexpr int kTileTokens = 64;   // cached tokens that a thread block handles at a time: the unit of the schedule
+constexpr int kLeastBox = kTileTokens / 2;  // where a page is more than one box, those that the copy engine brings at a time
+
+// Pages that a request may have: with more, quotient() of its boxes by those of a page would not be exact.
+constexpr int64_t max_pages(int64_t page_size) { return (int64_t{1} << 32) * kLeastBox * kLeastBox / page_size / page_size; }
+
 constexpr int kPartialRows = 64;  // query rows (token and head) that there is room for in a partial result, per multiprocessor
 
 // A worker's share of a step, as the schedule gives it: `tiles` tiles, beginning with tile `first_tile` of request `request`

@@ -74,6 +74,13 @@ constexpr Choice kChoices[] = {
     {Kernel::kWide64, 64, 2, 8, 2, 3, 8, 3},
     {Kernel::kWide128, 128, 2, 8, 2, 3, 8, 3},
 };
+constexpr bool all_boxes_are_large_enough() {
+  for (const Choice& choice : kChoices) {
+    if (kTileTokens / choice.cluster < kLeastBox) return false;
+  }
+  return true;
+}
+static_assert(all_boxes_are_large_enough());
 constexpr int kClusters = 66;       // of two multiprocessors, on the largest Hopper GPU
 constexpr int kShortRequest = 512;  // cached tokens
 

@@ -73,7 +73,7 @@ def mla_decode(
         q_pe: [tokens, heads, 64] rotary part of the queries, of the same dtype.
         kv_cache: [pages, page_size, 576] latent cache, 512 latent numbers and then 64 rotary ones per token. Of the
             queries' dtype, or float8_e4m3fn with `kv_scale`. The page size is 1 or a multiple of 16.
-        block_table: [requests, max_pages] int32 page numbers.
+        block_table: [requests, max_pages] int32 page numbers. On a GPU max_pages x page_size^2 is at most 2^42.
         seq_lens: [requests] int32 cached tokens per request, this step's included; 0 is allowed.
         query_start_loc: [requests + 1] int32; request r owns rows query_start_loc[r]:query_start_loc[r + 1].
         softmax_scale: factor on the scores, before the softmax; positive.

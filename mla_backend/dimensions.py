@@ -13,12 +13,6 @@ MAX_HEADS = 128
 MAX_TOKENS = 65535
 """Query tokens in one call of the compiled kernels."""
 
-
-def max_pages(page_size: int) -> int:
-    """Return how many pages of this size a request may have in the compiled kernels."""
-    return 2**42 // page_size**2
-
-
 TILE_TOKENS = 64
 """Cached tokens that a worker handles at a time: the unit in which requests are split."""
 
@@ -27,3 +21,8 @@ PARTIAL_ROWS = 64
 
 SHARE_NUMBERS = 8
 """What the schedule says of a worker's share, as so many int32."""
+
+
+def max_pages(page_size: int) -> int:
+    """Return how many pages of this size a request may have in the compiled kernels."""
+    return 2**32 * (TILE_TOKENS // 2) ** 2 // page_size**2

@@ -65,8 +65,8 @@ constexpr int kHeadStart = 1000;
 // page_row, tma_load)` starts the copies of a box of tokens with that function, each by a lane of its own, `token_bytes` for each
 // token. This is number `warp` of `warps` tile warps, which bring boxes in turn, as to start a copy takes a warp about 80 clocks.
 //
-// Every instruction up to the first copy is waited for, as nobody has needed it before, so there are as few as can be: one copy for
-// all lanes in the code, nothing unrolled.
+// Every instruction up to the first copy is waited for, as nobody has needed it before, so there are as few as can be: the code
+// has one copy for all lanes, with either policy, and nothing is unrolled.
 template <typename Pipeline, typename Load>
 __device__ __forceinline__ void bring_tiles(const DecodeParams& params, Pieces& pieces, Pipeline& pipeline, int token_bytes,
                                             Load load, int warp = 0, int warps = 1) {
@@ -147,8 +147,8 @@ __device__ void copy_rows(const DecodeParams& params, const Element* from, int64
 
 // The query warp: bring a block of query rows for every piece of this worker's share, and with it say in work[2] what the
 // piece is; after the last a piece without tiles. `load(stage, token)` starts the copies of the block that begins with this
-// query token, `bytes` in all, each by a lane of its own; `copy(stage, piece)` does the same without the copy engine. Rows past the request's are
-// whatever lies there, and nobody looks at what becomes of them. All lanes arrive at the barrier, as all may have written.
+// query token, `bytes` in all, each by a lane of its own; `copy(stage, piece)` does the same without the copy engine, and all lanes
+// write. So all arrive at the barrier. Rows past the request's are whatever lies there, and nobody looks at what becomes of them.
 template <typename Pipeline, typename Load, typename Copy>
 __device__ void bring_queries(const DecodeParams& params, Pieces& pieces, Pipeline& pipeline, Piece* work, int bytes,
                               Load load, Copy copy) {

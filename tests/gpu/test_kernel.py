@@ -241,6 +241,12 @@ def test_a_cache_of_more_than_four_gigabytes() -> None:
     torch.testing.assert_close(out.float(), expected, rtol=1 / 64, atol=8e-4)
 
 
+@pytest.mark.parametrize("heads", [16, 128])
+def test_large_pages(heads: int) -> None:
+    """Of 330 boxes or 660, so that finding a box's page is a division by no power of two, up to the last box."""
+    check(Step([70_000, 21_120, 21_121], [1, 2, 1], heads, page_size=330 * 64))
+
+
 @pytest.mark.parametrize("heads", [16, 64, 128])
 def test_without_requests_all_rows_are_cleared(heads: int) -> None:
     check(Step([], [], heads, padding_rows=3))

@@ -12,7 +12,7 @@ constexpr int kMaxHeads = 128;
 constexpr int kMaxTokens = 65535;  // query tokens: thread blocks that a grid can have in its second dimension
 
 constexpr int kTileTokens = 64;   // cached tokens that a thread block handles at a time: the unit of the schedule
-constexpr int kLeastBox = kTileTokens / 2;  // where a page is more than one box, those that the copy engine brings at a time
+constexpr int kLeastBox = kTileTokens / 2;  // tokens that the copy engine brings at a time, at least, from pages of several boxes
 
 // Pages that a request may have: with more, quotient() of its boxes by those of a page would not be exact.
 constexpr int64_t max_pages(int64_t page_size) { return (int64_t{1} << 32) * kLeastBox * kLeastBox / page_size / page_size; }

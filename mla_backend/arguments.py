@@ -124,10 +124,10 @@ def check_compiled(
         raise _wrong_shape("q_nope", q_nope, (f"at most {MAX_TOKENS} tokens on a GPU", "heads", KV_LORA_RANK))
     if kv_cache.dtype != q_nope.dtype:
         raise _wrong_dtype("kv_cache", kv_cache, f"{q_nope.dtype}, the dtype of q_nope, on a GPU")
-    if kv_cache.shape[1] not in (16, 32) and kv_cache.shape[1] % TILE_TOKENS:
+    page_size = kv_cache.shape[1]
+    if page_size not in (16, 32) and page_size % TILE_TOKENS:
         wanted = ("pages", f"16, 32 or a multiple of {TILE_TOKENS} on a GPU", HEAD_DIM)
         raise _wrong_shape("kv_cache", kv_cache, wanted)
-    page_size = kv_cache.shape[1]
     if block_table.shape[1] > max_pages(page_size):
         few = f"at most {max_pages(page_size)} pages of {page_size} tokens on a GPU"
         raise _wrong_shape("block_table", block_table, ("requests", few))

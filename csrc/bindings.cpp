@@ -127,9 +127,9 @@ int64_t plan(const Tensor& seq_lens, int64_t heads, int64_t max_query_len, int64
 
 void mla_decode(const Tensor& q_nope, const Tensor& q_pe, const Tensor& kv_cache, const Tensor& block_table,
                 const Tensor& seq_lens, const Tensor& query_start_loc, const Tensor& shares, const Tensor& splits,
-                Tensor& partial_out, Tensor& partial_lse, int64_t planned_heads, int64_t max_query_len, int64_t max_seq_len,
-                double softmax_scale, bool causal, bool batch_invariant, const std::optional<Tensor>& kv_scale, Tensor& out,
-                std::optional<Tensor>& lse) {
+                Tensor& partial_out, Tensor& partial_lse, Tensor& arrivals, int64_t planned_heads, int64_t max_query_len,
+                int64_t max_seq_len, double softmax_scale, bool causal, bool batch_invariant,
+                const std::optional<Tensor>& kv_scale, Tensor& out, std::optional<Tensor>& lse) {
   const Device device = q_nope.device();
   const ScalarType type = q_nope.scalar_type();
   STD_TORCH_CHECK(device.is_cuda(), "mla_decode: q_nope is on ", describe(device), ", wanted cuda");
@@ -167,6 +167,10 @@ void mla_decode(const Tensor& q_nope, const Tensor& q_pe, const Tensor& kv_cache
   const int64_t rows = partial_rows(static_cast<int>(workers), bounds);
   STD_TORCH_CHECK(rows <= room, "mla_decode: partial_lse has room for ", room, " query rows, wanted ", rows, " for ", workers,
                   " shares of ", max_query_len, " query tokens and ", heads, " heads");
+  check("arrivals", arrivals, device, ScalarType::Int, {kAny});
+  const int64_t counters = arrival_counters(static_cast<int>(workers), bounds);
+  STD_TORCH_CHECK(counters <= arrivals.numel(), "mla_decode: arrivals has ", arrivals.numel(), " counters, wanted ", counters,
+                  " for ", workers, " shares of ", max_query_len, " query tokens and ", heads, " heads");
   STD_TORCH_CHECK(softmax_scale > 0, "mla_decode: softmax_scale is ", softmax_scale, ", wanted a positive number");
   check("out", out, device, type, {tokens, heads, kLatentDim});
   if (lse.has_value()) check("lse", *lse, device, ScalarType::Float, {tokens, heads});
@@ -199,6 +203,7 @@ void mla_decode(const Tensor& q_nope, const Tensor& q_pe, const Tensor& kv_cache
   }
   params.partial_out = static_cast<float*>(partial_out.mutable_data_ptr());
   params.partial_lse = static_cast<float*>(partial_lse.mutable_data_ptr());
+  params.arrivals = static_cast<uint32_t*>(arrivals.mutable_data_ptr());
 
   const Cache cache = {kv_cache.const_data_ptr(), kv_cache.size(0), page_stride, token_stride};
   const auto element = type == ScalarType::BFloat16 ? ElementType::kBFloat16 : ElementType::kFloat16;

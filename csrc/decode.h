@@ -28,7 +28,8 @@ struct alignas(16) Share {
   int32_t last_request;   // that it ends with, if that has its first part here
   int16_t part, parts;    // which one it has of so many parts of the request that it begins with; 0 parts if it has all of it
   int16_t last_parts;     // of the request that it ends with, 0 if it has all of it or begins with it
-  int16_t step_is_small;  // whether all shares together have less than kSmallStep tiles
+  int8_t step_is_small;    // whether all shares together have less than kSmallStep tiles
+  int8_t first_completes;  // whether all that are split are completed by the worker with their first part, not the combine kernel
 };
 constexpr int kSmallStep = 3072;  // 226 MB, four times what the L2 cache holds: with more it gained nothing or lost
 constexpr int kShareNumbers = sizeof(Share) / sizeof(int32_t);
@@ -45,7 +46,7 @@ struct DecodeParams {
   int64_t block_table_stride;
   const int32_t* seq_lens;         // [requests]
   const int32_t* query_start_loc;  // [requests + 1]
-  const Share* shares;             // [workers], the schedule
+  const Share* shares;             // [workers], the schedule; those of later tiles first
 
   int tokens, heads, requests, page_size;
   int max_query_len;          // query tokens that a request may have
@@ -71,6 +72,9 @@ struct DecodeParams {
   // 0, 8, 1, 9 and so on. The tensor cores leave columns eight apart to a thread, which so stores twice as many at a time.
   float* partial_out;
   float* partial_lse;
+  // [workers, row_blocks], by the share of the worker that completes a request: how many warpgroups have stored a part of it or,
+  // of that worker, have seen that all are there. After the last one it is 0 again.
+  uint32_t* arrivals;
 };
 
 }  // namespace mla_backend

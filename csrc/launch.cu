@@ -54,25 +54,26 @@ CUtensorMap encode(CUtensorMapDataType type, const void* data, int64_t columns, 
 
 // The decode kernels, and what each means for the schedule: how many query rows of a request a worker attends at a time, how many
 // thread blocks a worker is, how many blocks of the combine kernel follow for each, and the numbers of sm90::PlanParams, as measured
-// (docs/performance/notes.md, "What shares cost" and "Short requests stay whole").
+// (docs/performance/notes.md, "What shares cost", "Short requests stay whole", "Completed by the first worker").
 enum class Kernel { kNarrow16, kNarrow32, kNarrow64, kWide64, kWide128 };
 
 struct Choice {
   Kernel kernel;
   int rows, cluster, combiners;
-  int least_share, begin_cost, uneven_cost, split_cost;
+  int least_share, begin_cost, uneven_cost, split_cost, most_parts;
 };
 
 constexpr Choice kChoices[] = {
     // Few rows: bytes decide, and padding rows to 64 would only keep tiles in shared memory for longer. Two blocks of the combine
     // kernel fit beside each block of the narrowest.
-    {Kernel::kNarrow16, 16, 1, 2, 1, 1, 2, 1},
-    {Kernel::kNarrow32, 32, 1, 2, 1, 1, 2, 1},
-    // Twice the workers of the next one, for many short requests (padding counted, as a captured step has it), hardly ever split.
-    {Kernel::kNarrow64, 64, 1, 4, 1, 2, 4, 3},
+    {Kernel::kNarrow16, 16, 1, 2, 1, 1, 2, 1, 4},
+    {Kernel::kNarrow32, 32, 1, 2, 1, 1, 2, 1, 4},
+    // Twice the workers of the next one, for many short requests (padding counted, as a captured step has it), hardly ever split;
+    // if so, the combine kernel completes them.
+    {Kernel::kNarrow64, 64, 1, 4, 1, 2, 4, 3, 0},
     // A thread block has registers for the results of 64 rows and half of the columns.
-    {Kernel::kWide64, 64, 2, 8, 2, 3, 8, 3},
-    {Kernel::kWide128, 128, 2, 8, 2, 3, 8, 3},
+    {Kernel::kWide64, 64, 2, 8, 2, 3, 8, 3, 4},
+    {Kernel::kWide128, 128, 2, 8, 2, 3, 8, 3, 4},
 };
 constexpr bool all_boxes_are_large_enough() {
   for (const Choice& choice : kChoices) {
@@ -81,6 +82,7 @@ constexpr bool all_boxes_are_large_enough() {
   return true;
 }
 static_assert(all_boxes_are_large_enough());
+static_assert(kChoices[2].kernel == Kernel::kNarrow64 && kChoices[2].most_parts == 0, "this kernel completes no requests");
 constexpr int kClusters = 66;       // of two multiprocessors, on the largest Hopper GPU
 constexpr int kShortRequest = 512;  // cached tokens
 
@@ -200,13 +202,18 @@ int64_t partial_rows(int workers, const StepBounds& bounds) {
   return int64_t{2} * workers * blocks.count * blocks.tokens * bounds.heads;
 }
 
+int64_t arrival_counters(int workers, const StepBounds& bounds) {
+  return workers == 1 ? 0 : int64_t{1} * workers * Blocks(bounds).count;
+}
+
 int launch_plan(const int32_t* seq_lens, const StepBounds& bounds, int multiprocessors, Share* shares, int32_t* splits,
                 cudaStream_t stream) {
   const Blocks blocks(bounds);
   const Choice& choice = blocks.choice;
   const int workers = std::max(1, std::min(multiprocessors, sm90::kPlanThreads) / (blocks.count * choice.cluster));
-  const sm90::PlanParams params = {seq_lens,          bounds.requests,    workers,           choice.least_share,
-                                   choice.begin_cost, choice.uneven_cost, choice.split_cost, bounds.batch_invariant};
+  const sm90::PlanParams params = {seq_lens,           bounds.requests,    workers,
+                                   choice.least_share, choice.begin_cost,  choice.uneven_cost,
+                                   choice.split_cost,  choice.most_parts,  bounds.batch_invariant};
   sm90::plan_kernel<<<1, sm90::kPlanThreads, 0, stream>>>(params, shares, splits);
   check("plan kernel", cudaGetLastError());
   return workers;

@@ -32,6 +32,9 @@ void launch_decode(const DecodeParams& params, const StepBounds& bounds, const C
 // The query rows that there must be room for in partial results.
 int64_t partial_rows(int workers, const StepBounds& bounds);
 
+// The counters that there must be room for, of parts that have arrived.
+int64_t arrival_counters(int workers, const StepBounds& bounds);
+
 // Write the schedule for seq_lens [requests]: shares [multiprocessors], of which it returns how many are workers', and splits
 // [requests + 1].
 int launch_plan(const int32_t* seq_lens, const StepBounds& bounds, int multiprocessors, Share* shares, int32_t* splits,

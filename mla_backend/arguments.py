@@ -37,6 +37,7 @@ def check_arguments(
     splits: torch.Tensor,
     partial_out: torch.Tensor,
     partial_lse: torch.Tensor,
+    arrivals: torch.Tensor,
     planned_heads: int,
     max_query_len: int,
     max_seq_len: int,
@@ -94,6 +95,7 @@ def check_arguments(
     _check("schedule.buffers.partial_lse", partial_lse, ("workers", 2, PARTIAL_ROWS), torch.float32, device)
     parts = (partial_lse.shape[0], 2, PARTIAL_ROWS, KV_LORA_RANK)
     _check("schedule.buffers.partial_out", partial_out, parts, torch.float32, device)
+    _check("schedule.buffers.arrivals", arrivals, ("counters",), torch.int32, device)
     contiguous = {"shares": shares, "buffers.partial_lse": partial_lse, "buffers.partial_out": partial_out}
     for name, tensor in contiguous.items():
         if not tensor.is_contiguous():

@@ -77,7 +77,8 @@ def mla_decode(
         seq_lens: [requests] int32 cached tokens per request, this step's included; 0 is allowed.
         query_start_loc: [requests + 1] int32; request r owns rows query_start_loc[r]:query_start_loc[r + 1].
         softmax_scale: factor on the scores, before the softmax; positive.
-        schedule: of this step, made from the same `seq_lens` and for as many heads.
+        schedule: of this step, made from the same `seq_lens`, unchanged since, and for as many heads. Calls that share
+            its buffers follow each other on one stream; at the same time, or with other lengths, they may never end.
         causal: see above.
         kv_scale: one fp32 number, the factor from a float8 cache's numbers to their true values.
         out: [tokens, heads, 512] of the queries' dtype, written to. Allocated by default.
@@ -107,6 +108,7 @@ def mla_decode(
         schedule.splits,
         schedule.buffers.partial_out,
         schedule.buffers.partial_lse,
+        schedule.buffers.arrivals,
         schedule.heads,
         schedule.max_query_len,
         schedule.max_seq_len,

@@ -86,6 +86,8 @@ def flash_mla_with_kvcache(
         num_splits,
         partial_out=q.new_empty(places, 2, PARTIAL_ROWS, KV_LORA_RANK, dtype=torch.float32),
         partial_lse=q.new_empty(places, 2, PARTIAL_ROWS, dtype=torch.float32),
+        # There are no more blocks of rows than query tokens.
+        arrivals=q.new_zeros(tile_scheduler_metadata.shape[0] * max(1, queries), dtype=torch.int32),
     )
     schedule = DecodeSchedule(tile_scheduler_metadata, num_splits, buffers, group, queries, NO_BOUND)
     starts = torch.arange(batch + 1, dtype=torch.int32, device=q.device) * queries

@@ -19,12 +19,15 @@ class ScheduleBuffers:
         partial_out: [multiprocessors, 2, 64, 512] fp32, with columns in the order that csrc/decode.h says: a worker may
             hold a part of its first request and of its last.
         partial_lse: [multiprocessors, 2, 64] fp32, the base-2 logarithm of the parts' softmax denominators.
+        arrivals: [multiprocessors] int32, at least one for each worker and block of query rows: how many of the parts
+            that it waits for are there. 0 between calls.
     """
 
     shares: torch.Tensor
     splits: torch.Tensor
     partial_out: torch.Tensor
     partial_lse: torch.Tensor
+    arrivals: torch.Tensor
 
     @classmethod
     def allocate(cls, max_requests: int, device: torch.device) -> ScheduleBuffers:
@@ -35,6 +38,7 @@ class ScheduleBuffers:
             splits=torch.zeros(max_requests + 1, dtype=torch.int32, device=device),
             partial_out=torch.empty(multiprocessors, 2, PARTIAL_ROWS, KV_LORA_RANK, dtype=torch.float32, device=device),
             partial_lse=torch.empty(multiprocessors, 2, PARTIAL_ROWS, dtype=torch.float32, device=device),
+            arrivals=torch.zeros(multiprocessors, dtype=torch.int32, device=device),
         )
 
     @property
@@ -52,7 +56,8 @@ class DecodeSchedule:
     partial results are combined. The CPU has no workers.
 
     Attributes:
-        shares: [workers, 8] int32, on the device of the cache: what each worker does (`Share` in csrc/decode.h).
+        shares: [workers, 8] int32, on the device of the cache: what each worker does (`Share` in csrc/decode.h), those
+            with later tiles first.
         splits: [requests + 1] int32, running count of the requests' partial results.
         buffers: where `shares`, `splits` and the partial results lie.
         heads: query heads, known to the host.

@@ -118,7 +118,7 @@ def test_operator_passes_opcheck_and_compiles() -> None:
     arguments = Case(seq_lens=[40, 0, 7], query_lens=[2, 1, 1], dtype=torch.bfloat16).inputs()
     schedule = arguments.pop("schedule")
     scale, causal, kv_scale = (arguments.pop(name) for name in ("softmax_scale", "causal", "kv_scale"))
-    buffers = (schedule.buffers.partial_out, schedule.buffers.partial_lse)
+    buffers = (schedule.buffers.partial_out, schedule.buffers.partial_lse, schedule.buffers.arrivals)
     bounds = (schedule.shares, schedule.splits, *buffers, 16, schedule.max_query_len, schedule.max_seq_len)
     out, lse = torch.empty(4, 16, 512, dtype=torch.bfloat16), torch.empty(4, 16)
     for optional in (lse, None):

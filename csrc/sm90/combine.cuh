@@ -1,4 +1,5 @@
-// Combines the partial results of requests that several workers shared, and clears the rows that attend to nothing.
+// Combines the partial results of requests that several workers shared, unless the workers with their first parts do, and clears
+// the rows that attend to nothing.
 #pragma once
 
 #include "tile.cuh"
@@ -243,7 +244,7 @@ struct Job {
 
   // The first part of a worker's share or its last.
   __device__ __forceinline__ Job(const DecodeParams& params, const Share& share, bool last) {
-    parts.count = last ? share.last_parts : share.parts;
+    parts.count = share.first_completes ? 0 : last ? share.last_parts : share.parts;
     if (parts.count == 0) return;
     const int request = last ? share.last_request : share.request, part = last ? 0 : share.part;
     parts.first_slot = last ? share.slot + (share.parts > 0) : share.slot - part;
@@ -264,7 +265,7 @@ __global__ void __launch_bounds__(kCombineThreads, 4) combine_kernel(const __gri
   Job job(params, share, share.parts == 0);
   if (threadIdx.x / 32 == kCombineThreads / 32 - 1) clear_rows<Element>(params);
 #pragma unroll 1
-  for (bool more = share.parts > 0 && share.last_parts > 0;; more = false) {
+  for (bool more = share.parts > 0 && share.last_parts > 0 && !share.first_completes;; more = false) {
     const Combiner<Element> combiner(params, job.parts);
     if (const int units = job.last_unit - job.first_unit; units <= 0) {
     } else if (units <= kTeams) {

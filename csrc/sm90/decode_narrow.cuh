@@ -43,6 +43,9 @@ struct alignas(1024) NarrowShared {
   uint64_t scores_full;
 };
 
+// The query row that is a thread's column `c` of any accumulator.
+__device__ __forceinline__ int own_column(int c) { return c / 2 * 8 + threadIdx.x % 4 * 2 + c % 2; }
+
 // Over the eight lanes that hold a column of an accumulator.
 __device__ __forceinline__ float column_max(float x) {
 #pragma unroll
@@ -56,26 +59,99 @@ __device__ __forceinline__ float column_sum(float x) {
   return x;
 }
 
-// Write the rows of a whole request, times their factors. With many rows this is faster than stores of single elements, of which
-// a thread has neighbours in a column: transposed, of two groups of eight columns it has two columns each, and stores four of one.
+// Write a partial result.
+template <typename Element, int kN>
+__device__ __forceinline__ void store_part(const Rows<Element>& results, const float (&out)[kGroupBlocks][kN / 2], int group) {
+  const int warp = threadIdx.x / 32 % 4, lane = threadIdx.x % 32;
+#pragma unroll
+  for (int c = 0; c < kN / 4; ++c) {
+    const int row = own_column(c);
+    if (row >= results.last_row) continue;
+    float2* to = reinterpret_cast<float2*>(results.partial_out(row) + group * kGroupBlocks * 64 + warp * 16) + lane / 4;
+#pragma unroll
+    for (int b = 0; b < kGroupBlocks; ++b) {
+      const float* two = &out[b][c / 2 * 4 + c % 2];
+      to[b * 32] = make_float2(two[0], two[2]);
+    }
+  }
+}
+
+// Write rows of the output. A thread has neighbours in a column: transposed, of two groups of eight columns it
+// has two columns each, and stores four of one.
 template <typename Element, int kN>
 __device__ __forceinline__ void store_transposed(const Rows<Element>& results, const float (&out)[kGroupBlocks][kN / 2],
-                                                 const float* factors, int group) {
+                                                 int group) {
   const int warp = threadIdx.x / 32 % 4, lane = threadIdx.x % 32;
   const int column = group * kGroupBlocks * 64 + warp * 16 + lane % 2 * 8 + lane % 4 / 2 * 4;
 #pragma unroll
   for (int j = 0; j < kN / 8; ++j) {
-    const float2 factor = *reinterpret_cast<const float2*>(&factors[j * 8 + lane % 4 * 2]);
     const int row = j * 8 + lane / 4;
     Element* to = results.out(row) + column;
 #pragma unroll
     for (int b = 0; b < kGroupBlocks; ++b) {
       const float* four = &out[b][j * 4];
-      const uint32_t low = ptx::transposed(pack<Element>(four[0] * factor.x, four[1] * factor.y));
-      const uint32_t high = ptx::transposed(pack<Element>(four[2] * factor.x, four[3] * factor.y));
+      const uint32_t low = ptx::transposed(pack<Element>(four[0], four[1]));
+      const uint32_t high = ptx::transposed(pack<Element>(four[2], four[3]));
       const uint32_t received = __shfl_xor_sync(~0u, lane % 2 ? low : high, 1);
       if (row >= results.last_row) continue;
       *reinterpret_cast<uint2*>(to + b * 64) = lane % 2 ? make_uint2(received, high) : make_uint2(low, received);
+    }
+  }
+}
+
+// The same where rows may start anywhere.
+template <typename Element, int kN>
+__device__ __forceinline__ void store_elements(const Rows<Element>& results, const float (&out)[kGroupBlocks][kN / 2], int group) {
+  const int warp = threadIdx.x / 32 % 4, lane = threadIdx.x % 32;
+#pragma unroll
+  for (int c = 0; c < kN / 4; ++c) {
+    const int row = own_column(c);
+    if (row >= results.last_row) continue;
+    Element* to = results.out(row) + group * kGroupBlocks * 64 + warp * 16 + lane / 4;
+#pragma unroll
+    for (int b = 0; b < kGroupBlocks; ++b) {
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        const uint32_t rounded = pack<Element>(out[b][c / 2 * 4 + i * 2 + c % 2], 0);
+        to[b * 64 + i * 8] = reinterpret_cast<const Element&>(rounded);
+      }
+    }
+  }
+}
+
+// Add what other workers have found for the rows of a request that this one completes.
+template <typename Element, int kN>
+__device__ __forceinline__ void add_parts(const Rows<Element>& results, float (&out)[kGroupBlocks][kN / 2],
+                                          float (&log2_sums)[kN / 4], int group) {
+  const int warp = threadIdx.x / 32 % 4, lane = threadIdx.x % 32;
+  constexpr int kRows = 4;  // of a thread, whose parts are on their way at a time
+#pragma unroll 1
+  for (int part = 1; part < results.parts; ++part) {
+#pragma unroll
+    for (int first = 0; first < kN / 4; first += kRows) {
+      float other[kRows];
+      float2 two[kRows][kGroupBlocks] = {};
+#pragma unroll
+      for (int r = 0; r < kRows; ++r) {
+        const int row = own_column(first + r);
+        const bool exists = row < results.last_row;
+        const float* from = results.partial_out(row, part) + group * kGroupBlocks * 64 + warp * 16 + lane / 4 * 2;
+        other[r] = -INFINITY;
+        ptx::load_if(exists, other[r], results.params.partial_lse + results.partial_row_of(row, part));
+#pragma unroll
+        for (int b = 0; b < kGroupBlocks; ++b) ptx::load_if(exists, two[r][b], reinterpret_cast<const float2*>(from + b * 64));
+      }
+#pragma unroll
+      for (int r = 0; r < kRows; ++r) {
+        const int c = first + r;
+        const Weights weights(log2_sums[c], other[r]);
+#pragma unroll
+        for (int b = 0; b < kGroupBlocks; ++b) {
+          float* own = &out[b][c / 2 * 4 + c % 2];
+          own[0] = own[0] * weights.own + two[r][b].x * weights.other;
+          own[2] = own[2] * weights.own + two[r][b].y * weights.other;
+        }
+      }
     }
   }
 }
@@ -85,8 +161,7 @@ __device__ void consume_narrow(const DecodeParams& params, NarrowShared<Element,
   using Scores = NarrowScores<kN>;
   constexpr int kScores = Scores::kRows / 2, kColumns = Scores::kRows / 4;  // that a thread holds: scores, and parts of rows
   const int group = ptx::uniform(threadIdx.x / 128), warp = threadIdx.x / 32 % 4, lane = threadIdx.x % 32;
-  const int own_token = warp * 16 + lane / 4;  // of a tile, and the one 8 further on; with values, columns of a block
-  const auto own_column = [&](int c) { return c / 2 * 8 + lane % 4 * 2 + c % 2; };  // of any accumulator: a query row
+  const int own_token = warp * 16 + lane / 4;  // of a tile, and the one 8 further on
   const int first_row = Scores::kByRows ? group * Scores::kRows : 0;                // that the warpgroup has scores of
   const int own_barrier = kGroupBarrier + group;
   const float scale_log2 = params.softmax_scale * kLog2E;
@@ -110,6 +185,10 @@ __device__ void consume_narrow(const DecodeParams& params, NarrowShared<Element,
     const int all_visible = params.causal ? seq_len - queries + 1 : seq_len;
 
     float out[kGroupBlocks][kN / 2] = {};
+    const auto scale = [&](int c, float factor) {
+#pragma unroll
+      for (int b = 0; b < kGroupBlocks; ++b) out[b][c / 2 * 4 + c % 2] *= factor, out[b][c / 2 * 4 + 2 + c % 2] *= factor;
+    };
     float reference[kColumns], sum[kColumns] = {};
 #pragma unroll
     for (int c = 0; c < kColumns; ++c) reference[c] = -INFINITY;
@@ -226,14 +305,11 @@ __device__ void consume_narrow(const DecodeParams& params, NarrowShared<Element,
         }
 #pragma unroll
         for (int c = 0; c < kN / 4; ++c) {
-          float factor;
           if constexpr (Scores::kByRows) {
-            factor = shared.factor[own_column(c)];
+            scale(c, shared.factor[own_column(c)]);
           } else {
-            factor = decay[c];
+            scale(c, decay[c]);
           }
-#pragma unroll
-          for (int b = 0; b < kGroupBlocks; ++b) out[b][c / 2 * 4 + c % 2] *= factor, out[b][c / 2 * 4 + 2 + c % 2] *= factor;
         }
         weigh();
         meet();
@@ -278,47 +354,57 @@ __device__ void consume_narrow(const DecodeParams& params, NarrowShared<Element,
       return total;
     };
     const auto factor_of = [](float total) { return total > 0 ? ptx::reciprocal(total) : 0; };
-    const auto store_lse = [&](int row, float total, float relative_to) {
-      if (row < results.last_row) results.store_lse(row, total > 0 ? relative_to + ptx::log2(total) : -INFINITY);
+    const auto log2_of = [](float total, float relative_to) {
+      return total > 0 ? relative_to + ptx::log2(total) : -INFINITY;
     };
+    float log2_sums[kColumns];
     if constexpr (Scores::kByRows) {
       // Each thread has columns of all rows: a thread for each row finds its factor.
       if (const int row = threadIdx.x; row < kN) {
         const float total = total_of(row / Scores::kRows, row % Scores::kRows);
+        const float log2_sum = log2_of(total, shared.reference[row]);
         shared.factor[row] = factor_of(total);
-        store_lse(row, total, shared.reference[row]);
+        if (row < results.last_row && results.complete) results.store_lse(row, log2_sum);
+        if (row < results.last_row && !results.complete) results.store_partial_lse(row, log2_sum);
       }
       meet();
-    }
-    const int column = group * kGroupBlocks * 64 + own_token;  // of the output, in the first block
-    if (Scores::kByRows && piece.whole() && params.output_is_vectors) {
-      store_transposed<Element, kN>(results, out, shared.factor, group);
+#pragma unroll
+      for (int c = 0; c < kN / 4; ++c) scale(c, shared.factor[own_column(c)]);
     } else {
 #pragma unroll
-      for (int c = 0; c < kN / 4; ++c) {
-        const int row = own_column(c);
-        if (row >= results.last_row) continue;
-        const float total = Scores::kByRows ? 0 : total_of(group, row);
-        const float factor = Scores::kByRows ? shared.factor[row] : factor_of(total);
-        if (piece.whole()) {
-          Element* to = results.out(row) + column;
+      for (int c = 0; c < kColumns; ++c) {
+        const float total = total_of(group, own_column(c));
+        scale(c, factor_of(total)), log2_sums[c] = log2_of(total, reference[c]);
+      }
+    }
+    // In this order in the machine code, too: where there is little work, parts are what is stored, with code that nobody has
+    // needed before.
+    int complete = results.complete;
+    if (!complete) {
+      store_part<Element, kN>(results, out, group);
+      if constexpr (!Scores::kByRows) {
 #pragma unroll
-          for (int b = 0; b < kGroupBlocks; ++b) {
-#pragma unroll
-            for (int i = 0; i < 2; ++i) {
-              const uint32_t rounded = pack<Element>(out[b][c / 2 * 4 + i * 2 + c % 2] * factor, 0);
-              to[b * 64 + i * 8] = reinterpret_cast<const Element&>(rounded);
-            }
-          }
-        } else {
-          float2* to = reinterpret_cast<float2*>(results.partial_out(row) + group * kGroupBlocks * 64 + warp * 16) + lane / 4;
-#pragma unroll
-          for (int b = 0; b < kGroupBlocks; ++b) {
-            const float* two = &out[b][c / 2 * 4 + c % 2];
-            to[b * 32] = make_float2(two[0] * factor, two[2] * factor);
-          }
+        for (int c = 0; c < kColumns; ++c) {
+          const int row = own_column(c);
+          if (threadIdx.x < 4 && row < results.last_row) results.store_partial_lse(row, log2_sums[c]);
         }
-        if (!Scores::kByRows && threadIdx.x < 4) store_lse(row, total, reference[c % kColumns]);
+        results.template announce<2>(own_barrier);
+      }
+    }
+    asm volatile("" : "+r"(complete));
+    if (complete) {
+      if constexpr (!Scores::kByRows) {
+        if (results.template wait_for_others<2>(own_barrier)) add_parts<Element, kN>(results, out, log2_sums, group);
+#pragma unroll
+        for (int c = 0; c < kColumns; ++c) {
+          const int row = own_column(c);
+          if (threadIdx.x < 4 && row < results.last_row) results.store_lse(row, log2_sums[c]);
+        }
+      }
+      if (params.output_is_vectors) {
+        store_transposed<Element, kN>(results, out, group);
+      } else {
+        store_elements<Element, kN>(results, out, group);
       }
     }
     meet();  // before the next piece overwrites the sums

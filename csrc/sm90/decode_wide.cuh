@@ -71,6 +71,7 @@ template <typename Element, int kRows>
 class WideConsumer {
   using Shared = WideShared<Element, kRows>;
   static constexpr bool kSharesRows = kRows == 64;  // both warpgroups have the same rows, and take turns with the tiles
+  static constexpr int kGroups = 4;                 // of a worker
 
  public:
   __device__ __forceinline__ WideConsumer(const DecodeParams& params, Shared& shared)
@@ -180,20 +181,24 @@ class WideConsumer {
       sum[0] += theirs.x, sum[1] += theirs.y;
     }
 
-    float factor[2];
     if constexpr (kSharesRows) {
-      merge(out, factor, results);
+      merge(out);
     } else {
+      float factor[2];
 #pragma unroll
       for (int i = 0; i < 2; ++i) factor[i] = sum[i] > 0 ? ptx::reciprocal(sum[i]) : 0;
-      store<0, 128>(out, factor, results);
-    }
-    if (rank == 0 && lane % 4 == 0 && (group == 0 || !kSharesRows)) {
 #pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        const int row = first_row() + own_row + 8 * i;
-        if (row < results.last_row) results.store_lse(row, sum[i] > 0 ? reference[i] + ptx::log2(sum[i]) : -INFINITY);
-      }
+      for (int j = 0; j < 128; ++j) out[j] *= factor[j / 2 % 2];
+    }
+    float log2_sum[2];
+#pragma unroll
+    for (int i = 0; i < 2; ++i) log2_sum[i] = sum[i] > 0 ? reference[i] + ptx::log2(sum[i]) : -INFINITY;
+    if constexpr (!kSharesRows) {
+      finish<0, 128>(out, log2_sum, results);
+    } else if (group == 0) {
+      finish<0, 64>(out, log2_sum, results);
+    } else {
+      finish<64, 128>(out, log2_sum, results);
     }
   }
 
@@ -397,7 +402,8 @@ class WideConsumer {
 
   // Add up the results of both warpgroups, for the same rows and different tiles: each hands half of the columns to the
   // other, 32 numbers of a thread at a time, where the queries were.
-  __device__ __forceinline__ void merge(float (&out)[128], float (&factor)[2], const Rows<Element>& results) {
+  __device__ __forceinline__ void merge(float (&out)[128]) {
+    float factor[2];
     float4(*buffer)[kMathThreads] = reinterpret_cast<float4(*)[kMathThreads]>(&shared.query);
     meet();
     buffer[8][threadIdx.x] = make_float4(reference[0], reference[1], sum[0], sum[1]);
@@ -437,47 +443,117 @@ class WideConsumer {
     }
     ptx::fence_proxy_async();  // the copy engine writes where these threads have written
     shared.queries.release(pieces_done);
-    const float one[2] = {1, 1};
-    if (group == 0) {
-      store<0, 64>(out, one, results);
+  }
+
+  // Write accumulators kBegin to kEnd (not included) of the own rows, with what other workers have found if this one completes the
+  // request.
+  template <int kBegin, int kEnd>
+  __device__ __forceinline__ void finish(float (&out)[128], float (&log2_sum)[2], const Rows<Element>& results) {
+    const bool has_lse = rank == 0 && lane % 4 == 0 && (group == 0 || !kSharesRows);
+    if (results.complete) {
+      if (results.template wait_for_others<kGroups>(kGroupBarrier + group)) add_parts<kBegin, kEnd>(out, log2_sum, results);
+      if (params.output_is_vectors) {
+        store_vectors<kBegin, kEnd>(out, results);
+      } else {
+        store_elements<kBegin, kEnd>(out, results);
+      }
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        const int row = first_row() + own_row + 8 * i;
+        if (has_lse && row < results.last_row) results.store_lse(row, log2_sum[i]);
+      }
     } else {
-      store<64, 128>(out, one, results);
+      store_part<kBegin, kEnd>(out, results);
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        const int row = first_row() + own_row + 8 * i;
+        if (has_lse && row < results.last_row) results.store_partial_lse(row, log2_sum[i]);
+      }
+      results.template announce<kGroups>(kGroupBarrier + group);
     }
   }
 
-  // Write accumulators kBegin to kEnd (not included) of the own rows, times their factors.
+  // Add the other parts of a request, which this worker completes.
   template <int kBegin, int kEnd>
-  __device__ __forceinline__ void store(const float (&out)[128], const float (&factor)[2], const Rows<Element>& results) {
+  __device__ __forceinline__ void add_parts(float (&out)[128], float (&log2_sum)[2], const Rows<Element>& results) {
+    constexpr int kLoads = 8;  // on their way at a time, of four columns
+#pragma unroll 1
+    for (int part = 1; part < results.parts; ++part) {
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        const int row = first_row() + own_row + 8 * i;
+        const bool exists = row < results.last_row;
+        const auto from = reinterpret_cast<const float4*>(results.partial_out(row, part) + rank * kBlockLatent) + lane % 4;
+        float other = -INFINITY, own_weight, other_weight;
+        ptx::load_if(exists, other, params.partial_lse + results.partial_row_of(row, part));
+#pragma unroll
+        for (int first = kBegin; first < kEnd; first += kLoads * 8) {
+          float4 four[kLoads] = {};
+#pragma unroll
+          for (int k = 0; k < kLoads; ++k) ptx::load_if(exists, four[k], from + first / 2 + k * 4);
+          if (first == kBegin) {
+            const Weights weights(log2_sum[i], other);
+            own_weight = weights.own, other_weight = weights.other;
+          }
+#pragma unroll
+          for (int k = 0; k < kLoads; ++k) {
+            const auto add = [&](int j, float x) {
+              float& own = out[first + k * 8 + j + i * 2];
+              own = own * own_weight + x * other_weight;
+            };
+            add(0, four[k].x), add(4, four[k].y), add(1, four[k].z), add(5, four[k].w);
+          }
+        }
+      }
+    }
+  }
+
+  // Of eight accumulators a row has 0 and 1, two neighbours in a group of eight columns, and 4 and 5, those in the next group; the
+  // second row has the others.
+  template <int kBegin, int kEnd>
+  __device__ __forceinline__ void store_part(const float (&out)[128], const Rows<Element>& results) {
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       const int row = first_row() + own_row + 8 * i;
-      const bool exists = row < results.last_row;
-      const auto value = [&](int j) { return out[j + i * 2] * factor[i]; };
-      // At 0 and 1, two neighbours in a group of eight columns; at 4 and 5, those in the next group.
-      if (!results.whole) {
-        float4* to = reinterpret_cast<float4*>(results.partial_out(row) + rank * kBlockLatent) + lane % 4;
+      if (row >= results.last_row) continue;
+      float4* to = reinterpret_cast<float4*>(results.partial_out(row) + rank * kBlockLatent) + lane % 4;
+      const auto value = [&](int j) { return out[j + i * 2]; };
 #pragma unroll
-        for (int j = kBegin; j < kEnd; j += 8) {
-          if (exists) to[j / 2] = make_float4(value(j), value(j + 4), value(j + 1), value(j + 5));
-        }
-      } else if (params.output_is_vectors) {
-        // Lanes with even numbers exchange what they have of the second group for what the others have of the first, so that all
-        // store four columns of one: 32 bytes of a row at a time.
-        Element* to = results.out(row) + rank * kBlockLatent + lane % 2 * 8 + lane % 4 / 2 * 4;
+      for (int j = kBegin; j < kEnd; j += 8) to[j / 2] = make_float4(value(j), value(j + 4), value(j + 1), value(j + 5));
+    }
+  }
+
+  // Lanes with even numbers exchange what they have of the second group for what the others have of the first, so that all store
+  // four columns of one: 32 bytes of a row at a time.
+  template <int kBegin, int kEnd>
+  __device__ __forceinline__ void store_vectors(const float (&out)[128], const Rows<Element>& results) {
 #pragma unroll
-        for (int j = kBegin; j < kEnd; j += 8) {
-          const uint32_t first = pack<Element>(value(j), value(j + 1)), second = pack<Element>(value(j + 4), value(j + 5));
-          const uint32_t received = __shfl_xor_sync(~0u, lane % 2 ? first : second, 1);
-          if (exists) *reinterpret_cast<uint2*>(to + j * 2) = lane % 2 ? make_uint2(received, second) : make_uint2(first, received);
-        }
-      } else if (exists) {
-        Element* to = results.out(row) + rank * kBlockLatent + own_column;
+    for (int i = 0; i < 2; ++i) {
+      const int row = first_row() + own_row + 8 * i;
+      Element* to = results.out(row) + rank * kBlockLatent + lane % 2 * 8 + lane % 4 / 2 * 4;
+      const auto value = [&](int j) { return out[j + i * 2]; };
 #pragma unroll
-        for (int j = kBegin; j < kEnd; j += 4) {
-          const uint32_t two = pack<Element>(value(j), value(j + 1));
-          to[j * 2] = reinterpret_cast<const Element(&)[2]>(two)[0];
-          to[j * 2 + 1] = reinterpret_cast<const Element(&)[2]>(two)[1];
-        }
+      for (int j = kBegin; j < kEnd; j += 8) {
+        const uint32_t first = pack<Element>(value(j), value(j + 1)), second = pack<Element>(value(j + 4), value(j + 5));
+        const uint32_t received = __shfl_xor_sync(~0u, lane % 2 ? first : second, 1);
+        if (row >= results.last_row) continue;
+        *reinterpret_cast<uint2*>(to + j * 2) = lane % 2 ? make_uint2(received, second) : make_uint2(first, received);
+      }
+    }
+  }
+
+  // The same where rows may start anywhere.
+  template <int kBegin, int kEnd>
+  __device__ __forceinline__ void store_elements(const float (&out)[128], const Rows<Element>& results) {
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const int row = first_row() + own_row + 8 * i;
+      if (row >= results.last_row) continue;
+      Element* to = results.out(row) + rank * kBlockLatent + own_column;
+#pragma unroll
+      for (int j = kBegin; j < kEnd; j += 4) {
+        const uint32_t two = pack<Element>(out[j + i * 2], out[j + i * 2 + 1]);
+        to[j * 2] = reinterpret_cast<const Element(&)[2]>(two)[0], to[j * 2 + 1] = reinterpret_cast<const Element(&)[2]>(two)[1];
       }
     }
   }

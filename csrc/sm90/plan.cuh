@@ -5,6 +5,9 @@
 // result. A share may begin and end inside a request, so a worker handles a few pieces of requests; of these only the first and
 // the last can be a part of their request, so that there are at most two partial results for each worker. Those of a request
 // follow each other in the order of its tiles. A share that would begin just after a request's beginning begins with the request.
+// Where no request has more than a few parts, the worker with the first one completes it: its share ends with that, and the next
+// one begins with the next, so that the others are there, or nearly so. Else the combine kernel adds them up, which all can do at
+// the same time: also if requests of equal length have equally many workers, as their parts come at the same time.
 //
 // Requests of equal length get equally many workers each, unless too many would be idle: to leave a few idle costs less than to let
 // most of them begin anew in the middle of their share. And no request is split where that would save less time than it takes to
@@ -29,6 +32,7 @@ struct PlanParams {
   int begin_cost;   // of a request
   int uneven_cost;  // of shares that begin anywhere in requests of equal length
   int split_cost;   // of a part for each worker: storing them, and combining them when all are there
+  int most_parts;   // of any request, if first workers complete them, and not the combine kernel
   bool batch_invariant;
 };
 
@@ -74,7 +78,7 @@ __global__ void __launch_bounds__(kPlanThreads) plan_kernel(PlanParams params, S
   __shared__ int first_request[kPlanThreads];  // of the share of the worker with the thread's number
   __shared__ Beginning beginnings[kPlanThreads];
   __shared__ int whole_tiles[kPlanThreads];  // of the worker's requests, where none is split; while that is judged, their costs
-  __shared__ int longest, longest_whole_share;
+  __shared__ int longest, longest_whole_share, most_parts;
   const int thread = threadIdx.x, requests = params.requests;
   const auto length_of = [&](int request) { return request < requests ? params.seq_lens[request] : 0; };
   const auto tiles_of = [](int seq_len) { return (seq_len + kTileTokens - 1) / kTileTokens; };
@@ -85,7 +89,7 @@ __global__ void __launch_bounds__(kPlanThreads) plan_kernel(PlanParams params, S
     return before;
   };
 
-  if (thread == 0) longest = longest_whole_share = 0;
+  if (thread == 0) longest = longest_whole_share = most_parts = 0;
   __syncthreads();
   int all_tiles = 0, begun = 0;  // requests with tiles; those without count for nothing, as CUDA graphs pad batches with them
   for (int first = 0; first < requests; first += kPlanThreads) {
@@ -99,6 +103,7 @@ __global__ void __launch_bounds__(kPlanThreads) plan_kernel(PlanParams params, S
   Division division(all_tiles + begun * params.begin_cost, params.workers);
   int begin_cost = params.begin_cost;
   bool whole = params.batch_invariant;
+  int workers = params.workers;  // that may get something
   if (!whole) {
     whole_tiles[thread] = 0;
     __syncthreads();
@@ -113,18 +118,19 @@ __global__ void __launch_bounds__(kPlanThreads) plan_kernel(PlanParams params, S
     if (whole_tiles[thread] > 0) atomicMax(&longest_whole_share, whole_tiles[thread]);
     __syncthreads();
 
-    const int workers = max(1, min(params.workers, all_tiles / params.least_share));
+    const int sharing = max(1, min(params.workers, all_tiles / params.least_share));
     const bool equal = all_tiles == begun * longest;
-    const int parts = equal ? workers / max(1, begun) : 0, part = parts > 0 ? (longest + parts - 1) / parts : 0;
-    const bool evenly = parts > 0 && part <= all_tiles / workers + params.uneven_cost;
-    const Division splitting(evenly ? all_tiles : division.total, workers);
-    // Shares that begin anywhere begin with a part and end with another one. Where multiprocessors are idle, the combine kernel
-    // has looked up its work when the parts are there.
+    const int parts = equal ? sharing / max(1, begun) : 0, part = parts > 0 ? (longest + parts - 1) / parts : 0;
+    const bool evenly = parts > 0 && part <= all_tiles / sharing + params.uneven_cost;
+    const Division splitting(evenly ? all_tiles : division.total, sharing);
+    // Shares that begin anywhere begin with a part and end with another one. Where multiprocessors are idle, blocks of the combine
+    // kernel have looked up their work when the parts are there.
     int split_cost = evenly ? params.split_cost : 2 * params.split_cost;
-    if ((evenly ? parts * begun : workers) <= params.workers / 2) split_cost = max(1, params.split_cost / 3);
+    const int busy = evenly ? parts * begun : sharing;
+    if (busy <= params.workers / 2) split_cost = max(1, params.split_cost / 3);
     whole = longest_whole_share <= (evenly ? part : splitting.quotient) + split_cost + begin_cost;
     if (!whole) {
-      division = splitting;
+      division = splitting, workers = busy;
       if (evenly) division.length = longest, division.parts = parts, begin_cost = 0;
     }
   }
@@ -144,6 +150,7 @@ __global__ void __launch_bounds__(kPlanThreads) plan_kernel(PlanParams params, S
     const int own_workers = tiles > 0 && !whole ? own.workers(division) : 1, parts = own_workers > 1 ? own_workers : 0;
     own.slot = splits_before + sum_before(parts, splits_sum);
     if (request < requests) splits[request + 1] = own.slot + parts;
+    if (parts > 0) atomicMax(&most_parts, parts);
     tiles_before += tiles_sum, begun_before += begun_sum, splits_before += splits_sum;
 
     // A share begins with the last request that begins before it, so a request announces itself to the first worker whose share
@@ -191,7 +198,10 @@ __global__ void __launch_bounds__(kPlanThreads) plan_kernel(PlanParams params, S
     if (share.tiles == 0) share = {};
   }
   share.step_is_small = all_tiles < kSmallStep;
-  if (thread < params.workers) shares[thread] = share;
+  share.first_completes = division.parts == 0 && most_parts <= params.most_parts;
+  // Those of later workers come first: thread blocks start in this order, and whoever completes a request waits for later workers
+  // only, which so are on their way whatever else the GPU has to do. Workers without a share are left to the end.
+  if (thread < params.workers) shares[thread < workers ? workers - 1 - thread : thread] = share;
 }
 
 }  // namespace mla_backend::sm90

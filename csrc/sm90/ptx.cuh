@@ -27,10 +27,32 @@ __device__ __forceinline__ void load_if(bool condition, float& value, const floa
                : "l"(from), "r"(static_cast<int>(condition)));
 }
 
+__device__ __forceinline__ void load_if(bool condition, float2& value, const float2* from) {
+  asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %3, 0;\n@p ld.global.v2.f32 {%0, %1}, [%2];\n}\n"
+               : "+f"(value.x), "+f"(value.y)
+               : "l"(from), "r"(static_cast<int>(condition)));
+}
+
 __device__ __forceinline__ void load_if(bool condition, float4& value, const float4* from) {
   asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %5, 0;\n@p ld.global.v4.f32 {%0, %1, %2, %3}, [%4];\n}\n"
                : "+f"(value.x), "+f"(value.y), "+f"(value.z), "+f"(value.w)
                : "l"(from), "r"(static_cast<int>(condition)));
+}
+
+// Add one to a counter that begins anew after `last`, once all that happened before is visible on the whole GPU.
+__device__ __forceinline__ void count_release(uint32_t* counter, uint32_t last) {
+  asm volatile("red.release.gpu.global.inc.u32 [%0], %1;" ::"l"(counter), "r"(last) : "memory");
+}
+
+// The same without waiting for what happened before.
+__device__ __forceinline__ void count(uint32_t* counter, uint32_t last) {
+  asm volatile("red.relaxed.gpu.global.inc.u32 [%0], %1;" ::"l"(counter), "r"(last) : "memory");
+}
+
+__device__ __forceinline__ uint32_t load_acquire(const uint32_t* from) {
+  uint32_t value;
+  asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(value) : "l"(from) : "memory");
+  return value;
 }
 
 // --- mbarrier -------------------------------------------------------------------------------------------------------

@@ -200,19 +200,24 @@ __device__ void clear_rows_from(int token, ColumnBlock<Element> (&tile)[kBlocks]
 // the same.)
 constexpr float kPatience = 8, kPatienceFactor = 1 << static_cast<int>(kPatience);
 
-// Where the results of a piece go: to the output if it is a whole request, else to its worker's partial results. Rows count
-// from the request's first one.
+// Where the results of a piece go: to the output if it is all of a request, or if its worker completes the request with what
+// others have found; else to its worker's partial results. Rows count from the request's first one.
 template <typename Element>
 struct Rows {
   const DecodeParams& params;
-  bool whole;
+  bool complete;  // they are, or will be when the other parts are added, the output
+  int parts;      // of the request, if the worker with the first one completes it, else 0
+  int completer, row_block;
   int first_token;
   int first_row, last_row;  // of this block's rows, and past them
   int first_partial_row;
 
   __device__ Rows(const DecodeParams& params, const Piece& piece, int row_block)
       : params(params),
-        whole(piece.whole()),
+        complete(piece.completes()),
+        parts(piece.parts),
+        completer(piece.completer),
+        row_block(row_block),
         first_token(piece.first_token),
         first_row(row_block * params.block_rows),
         last_row(min(first_row + params.block_rows, piece.rows(params))),
@@ -225,18 +230,62 @@ struct Rows {
   }
 
   // Of a partial result (csrc/decode.h says how its columns lie).
-  __device__ __forceinline__ float* partial_out(int row) const {
-    return params.partial_out + static_cast<int64_t>(first_partial_row + row - first_row) * kLatentDim;
+  __device__ __forceinline__ float* partial_out(int row, int part = 0) const {
+    return params.partial_out + static_cast<int64_t>(partial_row_of(row, part)) * kLatentDim;
+  }
+
+  // Of a part that is stored: tell the worker that completes the request, if one does. Called by each of a worker's kGroups
+  // mathematics warpgroups.
+  template <int kGroups>
+  __device__ __forceinline__ void announce(int barrier) const {
+    if (parts == 0) return;
+    ptx::named_barrier_sync<128>(barrier);
+    if (threadIdx.x % 128 == 0) ptx::count_release(arrivals(), kGroups * parts - 1);
+  }
+
+  // Of what will be the output: whether there are other parts to be added, which then are there.
+  template <int kGroups>
+  __device__ __forceinline__ bool wait_for_others(int barrier) const {
+    if (parts == 0) return false;
+    if (threadIdx.x % 128 == 0) {
+      while (ptx::load_acquire(arrivals()) < kGroups * (parts - 1)) continue;
+      ptx::count(arrivals(), kGroups * parts - 1);
+    }
+    ptx::named_barrier_sync<128>(barrier);
+    return true;
+  }
+
+  // Index of a row in the partial results of this part or another one, counted from this one.
+  __device__ __forceinline__ int partial_row_of(int row, int part = 0) const {
+    return first_partial_row + part * params.row_blocks * params.block_rows + row - first_row;
   }
 
   __device__ __forceinline__ void store_lse(int row, float log2_sum) const {
+    if (params.lse == nullptr) return;
     const int query = query_of_row(params, row);
-    if (!whole) {
-      params.partial_lse[first_partial_row + row - first_row] = log2_sum;
-    } else if (params.lse != nullptr) {
-      params.lse[(first_token + query) * params.lse_token_stride + (row - query * params.heads) * params.lse_head_stride] =
-          log2_sum * kLn2;
-    }
+    params.lse[(first_token + query) * params.lse_token_stride + (row - query * params.heads) * params.lse_head_stride] =
+        log2_sum * kLn2;
+  }
+
+  __device__ __forceinline__ void store_partial_lse(int row, float log2_sum) const {
+    params.partial_lse[partial_row_of(row)] = log2_sum;
+  }
+
+ private:
+  __device__ __forceinline__ uint32_t* arrivals() const { return params.arrivals + completer * params.row_blocks + row_block; }
+};
+
+// What two results of the same row count for when they are added, from the logarithms of their denominators. `log2_sum` becomes
+// that of both.
+struct Weights {
+  float own, other;
+
+  __device__ __forceinline__ Weights(float& log2_sum, float other_log2_sum) {
+    const float peak = fmaxf(log2_sum, other_log2_sum), shift = peak == -INFINITY ? 0 : peak;  // -inf - -inf would be NaN
+    own = ptx::exp2(log2_sum - shift), other = ptx::exp2(other_log2_sum - shift);
+    const float sum = own + other, factor = sum > 0 ? ptx::reciprocal(sum) : 0;
+    own *= factor, other *= factor;
+    log2_sum = sum > 0 ? peak + ptx::log2(sum) : -INFINITY;
   }
 };
 

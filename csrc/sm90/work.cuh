@@ -10,11 +10,14 @@ struct Piece {
   int request;
   int first_tile, last_tile;
   int slot;  // of its partial result; negative if it is all of the request
+  // If the worker with the request's first part completes it: the number of its share, and how many parts there are. Else -1, 0.
+  int completer, parts;
   int seq_len;
   int first_token, queries;  // of the request
 
   __device__ int tiles() const { return last_tile - first_tile; }
-  __device__ bool whole() const { return slot < 0; }
+  // Whether its results are the output: it is all of the request, or the first part and adds the others.
+  __device__ bool completes() const { return slot < 0 || (parts > 0 && first_tile == 0); }
   __device__ int rows(const DecodeParams& params) const { return queries * params.heads; }
 };
 
@@ -32,9 +35,9 @@ class Pieces {
  public:
   __device__ explicit Pieces(const DecodeParams& params) : params_(params) {}
 
-  // Look up where the share of a worker begins.
-  __device__ void find(int worker) {
-    share_ = params_.shares[worker];
+  // Look up where share number `share` begins.
+  __device__ void find(int share) {
+    number_ = share, share_ = params_.shares[share];
     if (share_.tiles > 0) look_ahead();  // else there may be no request at all
   }
 
@@ -52,7 +55,13 @@ class Pieces {
     const int request_tiles = (share_.seq_len - 1) / kTileTokens + 1;
     const int last_tile = min(request_tiles, share_.first_tile + share_.tiles);
     const bool whole = share_.first_tile == 0 && last_tile == request_tiles;
-    piece = {share_.request, share_.first_tile, last_tile, whole ? -1 : share_.slot++, share_.seq_len, 0, 0};
+    // The share's first piece, if it is a part at all, is number `part` of `parts`, the last one the first of `last_parts`. Shares
+    // of earlier tiles come later, so that of a request's first part so many places.
+    const int parts = share_.parts > 0 ? share_.parts : whole ? 0 : share_.last_parts;
+    const bool completed = !whole && share_.first_completes;
+    piece = {share_.request, share_.first_tile, last_tile, whole ? -1 : share_.slot++,
+             completed ? number_ + share_.part : -1, completed ? parts : 0, share_.seq_len, 0, 0};
+    share_.part = share_.parts = 0;
     share_.tiles -= piece.tiles();
     share_.first_tile = share_.seq_len = 0;
     return true;
@@ -74,6 +83,7 @@ class Pieces {
   }
 
   const DecodeParams& params_;
+  int number_;        // of the share
   Share share_ = {};  // what is left of it
   int ahead_;         // the lanes hold the lengths of this request and the 31 after it
   int seq_len_, first_token_, end_token_;

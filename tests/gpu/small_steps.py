@@ -23,6 +23,8 @@ STEPS: list[dict[str, Any]] = [
     {"heads": 16, "seq_lens": [70] * 140, "query_lens": [1] * 140, "batch_invariant": True},
     {"heads": 40, "seq_lens": [70, 300] * 40, "query_lens": [1] * 80},  # many short requests
     {"heads": 64, "seq_lens": [512] + [0] * 70, "query_lens": [1] * 71},
+    # Split, and completed by the workers with the first parts.
+    *({"heads": heads, "seq_lens": [900, 1300] * 33, "query_lens": [1] * 66} for heads in (16, 32, 64, 128)),
 ]
 
 

@@ -104,6 +104,7 @@ def check(step: Step) -> None:
     arguments["schedule"].buffers.partial_out.copy_(poison)
     out, lse = mla_decode(**arguments, out=wide[..., :512], return_lse=True)
     assert out.isfinite().all(), step
+    assert not arguments["schedule"].buffers.arrivals.any(), step
     out = out.float()
     if step.deviation <= 0.1:
         excess = (out - expected).abs() - 8e-4 - expected.abs() / 64
@@ -179,6 +180,48 @@ def test_results_are_the_same_from_run_to_run() -> None:
         again = mla_decode(**arguments, return_lse=True)
         assert first[0].equal(again[0])
         assert first[1].equal(again[1])
+
+
+def uneven(seed: int, heads: int, queries: int) -> dict[str, Any]:
+    """A step whose requests, most of two or three parts, are completed by the workers with the first ones."""
+    rng = random.Random(seed)
+    lengths = [rng.randint(1, 3000) for _ in range(150)]
+    arguments = Step(lengths, [queries] * 150, heads, deviation=1.0, seed=seed).arguments()
+    schedule = arguments["schedule"]
+    assert schedule.shares[0, 7] >> 24 == 1
+    assert schedule.splits[-1] > 0
+    return arguments
+
+
+@pytest.mark.parametrize(("heads", "queries"), [(8, 1), (16, 1), (16, 2), (40, 1), (16, 4), (128, 1), (128, 3)])
+def test_uneven_requests_are_completed_by_their_first_workers(heads: int, queries: int) -> None:
+    arguments = uneven(heads, heads, queries)
+    buffers, (expected, expected_lse) = arguments["schedule"].buffers, reference(arguments)
+    first, first_lse = mla_decode(**arguments, return_lse=True)
+    assert (first.float() - expected).norm() < 0.01 * expected.norm()
+    torch.testing.assert_close(first_lse, expected_lse, rtol=1.3e-4, atol=1e-4)
+    for _ in range(20):
+        buffers.partial_out.fill_(torch.nan), buffers.partial_lse.fill_(torch.nan)
+        out, lse = mla_decode(**arguments, out=torch.full_like(first, torch.nan), return_lse=True)
+        assert out.equal(first)
+        assert lse.equal(first_lse)
+        assert not buffers.arrivals.any()
+
+
+def test_steps_at_the_same_time_wait_for_nobody_for_ever() -> None:
+    """Neither fits beside the other, and in both workers wait for workers."""
+    streams = [torch.cuda.Stream() for _ in range(4)]
+    steps = [uneven(seed, heads, 1) for seed, heads in enumerate((16, 128, 16, 128))]
+    expected = [mla_decode(**step) for step in steps]
+    outputs = [torch.empty_like(out) for out in expected]
+    torch.cuda.synchronize()
+    for _ in range(50):
+        for stream, step, out in zip(streams, steps, outputs, strict=True):
+            with torch.cuda.stream(stream):
+                mla_decode(**step, out=out)
+    torch.cuda.synchronize()
+    for out, wanted in zip(outputs, expected, strict=True):
+        assert out.equal(wanted)
 
 
 @pytest.mark.parametrize("heads", [8, 20, 48, 64, 128])

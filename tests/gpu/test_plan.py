@@ -41,11 +41,15 @@ def pieces_of_requests(shares: list[list[int]], tiles: list[int]) -> list[list[P
                 slot += not whole
                 left -= last_tile - first_tile
             request, first_tile = request + 1, 0
-    return pieces
+    # Shares of later workers come first.
+    return [sorted(mine, key=lambda piece: piece[1]) for mine in pieces]
 
 
-def check_balance(shares: list[list[int]], tiles: list[int], is_split: bool, query_rows: int) -> None:
-    """No share costs more than the others by more than a tile and the beginning of a request, or than parts cost."""
+def check_balance(shares: list[list[int]], tiles: list[int], most_parts: int, query_rows: int) -> bool:
+    """No share costs more than the others by more than a tile and the beginning of a request, or than parts cost.
+
+    Returns whether requests, of most_parts or fewer, have equally many workers each.
+    """
     # As in csrc/launch.cu, but for many short requests, whose own are cheaper.
     least_share, begin_cost, uneven_cost, split_cost = (1, 1, 2, 1) if query_rows <= 32 else (2, 3, 8, 3)
     total, begun = sum(tiles), sum(count > 0 for count in tiles)
@@ -53,11 +57,11 @@ def check_balance(shares: list[list[int]], tiles: list[int], is_split: bool, que
     parts = workers // max(1, begun)
     part = -(-max(tiles, default=0) // parts) if parts else 0
     evenly = len(set(tiles) - {0}) <= 1 and parts > 0 and part <= total // workers + uneven_cost
-    if is_split and evenly:
+    if most_parts and evenly:
         given = [share[2] for share in shares if share[2]]
         assert len(given) == parts * begun
         assert max(given) == part
-        return
+        return True
     if (parts * begun if evenly else workers) <= len(shares) // 2:
         split_cost = max(1, split_cost // 3)
     elif not evenly:
@@ -67,7 +71,8 @@ def check_balance(shares: list[list[int]], tiles: list[int], is_split: bool, que
         if mine:
             costs[mine[0][0]] += begin_cost
     even_share = part if evenly else (total + begun * begin_cost) // workers
-    assert max(costs) <= even_share + begin_cost + (1 if is_split else split_cost)
+    assert max(costs) <= even_share + begin_cost + (1 if most_parts else split_cost)
+    return False
 
 
 def lengths_of(rng: random.Random) -> list[int]:
@@ -89,7 +94,8 @@ def test_every_tile_is_given_once_and_evenly(heads: int, max_query_len: int, bat
         shares, splits = plan(seq_lens, heads, max_query_len, batch_invariant)
         assert 1 <= len(shares) <= multiprocessors
 
-        slots, expected = 0, [[0, 0, 0, 0] for _ in shares]  # last request, part | parts, last parts
+        slots, most_parts = 0, 0
+        expected = [[0, 0, 0, 0] for _ in shares]  # last request, part | parts, last parts
         for request, mine in enumerate(pieces_of_requests(shares, tiles)):
             assert [first for _, first, _, _ in mine] == [0, *(last for _, _, last, _ in mine)][: len(mine)]
             assert (mine[-1][2] if mine else 0) == tiles[request]
@@ -97,7 +103,8 @@ def test_every_tile_is_given_once_and_evenly(heads: int, max_query_len: int, bat
             assert len(mine) <= 1 or not batch_invariant
             assert parts == ([] if len(mine) <= 1 else list(range(slots, slots + len(mine))))
             assert splits[request : request + 2] == [slots, slots + len(parts)]
-            slots += len(parts)
+            slots, most_parts = slots + len(parts), max(most_parts, len(parts))
+            assert not parts or [worker for worker, *_ in mine] == list(range(mine[0][0], mine[0][0] - len(mine), -1))
             for part, (worker, *_) in enumerate(mine if parts else []):
                 if shares[worker][0] == request:
                     expected[worker][1:3] = [part, len(parts)]
@@ -105,12 +112,15 @@ def test_every_tile_is_given_once_and_evenly(heads: int, max_query_len: int, bat
                     expected[worker][0], expected[worker][3] = request, len(parts)
         for share, (last_request, part, parts_of_first, last_parts) in zip(shares, expected, strict=True):
             assert share[5:7] == [last_request, part | parts_of_first << 16]
-            assert share[7] == last_parts | (sum(tiles) < 3072) << 16
+            assert share[7] & 0xFFFFFF == last_parts | (sum(tiles) < 3072) << 16
         assert slots <= 2 * len(shares)
 
         assert all(share[4] == seq_lens[share[0]] for share in shares if share[2])
         if not batch_invariant:
-            check_balance(shares, tiles, slots > 0, heads * max_query_len)
+            evenly = check_balance(shares, tiles, most_parts, heads * max_query_len)
+            many_short = 32 < heads * max_query_len <= 64 and len(seq_lens) > 66 and max(seq_lens) <= 512
+            first_completes = not evenly and most_parts <= (0 if many_short else 4)
+            assert not most_parts or all(share[7] >> 24 == first_completes for share in shares)
 
 
 def test_a_batch_invariant_share_is_a_run_of_requests_of_its_size() -> None:

@@ -6,10 +6,13 @@ import pytest
 import torch
 
 from engine import Run, run_engine
-from tiny import greedy, mean_difference, tokenized
+from tiny import gaps_of, mean_difference, tokenized
 
 GREEDY = {"max_tokens": 64, "ignore_eos": True, "detokenize": False}
 BY_VARIABLE = {"VLLM_ATTENTION_BACKEND": "HOPPER_MLA"}
+# In log-probability. Two tokens that are as likely but for fp32's rounding, which differs between processors, are both
+# right: 1e-5 was seen. A wrong attention makes tenths.
+ROUNDING = 1e-4
 IN_ONE_PROCESS = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
 
 
@@ -26,9 +29,9 @@ def roomy() -> Run:
     )
 
 
-def test_greedy_tokens_are_those_of_transformers(roomy: Run) -> None:
+def test_greedy_tokens_are_those_that_transformers_finds_likeliest(roomy: Run) -> None:
     assert [len(tokens) for tokens in roomy.tokens] == [64] * 8
-    assert roomy.tokens == greedy(tokenized(200), 64)
+    assert gaps_of(tokenized(200), roomy.tokens).max() < ROUNDING
 
 
 def test_the_log_names_the_backend_and_what_computes_it(roomy: Run) -> None:
@@ -74,7 +77,8 @@ def test_long_prompts() -> None:
             max_num_batched_tokens=tokens_per_step,
             max_num_seqs=4,
         )
-        assert run.tokens == greedy(prompts, 16)
+        assert [len(tokens) for tokens in run.tokens] == [16] * 4
+        assert gaps_of(prompts, run.tokens).max() < ROUNDING
 
 
 def test_speculative_queries_of_mixed_lengths(roomy: Run) -> None:

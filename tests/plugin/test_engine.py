@@ -11,7 +11,7 @@ from tiny import gaps_of, mean_difference, tokenized
 GREEDY = {"max_tokens": 64, "ignore_eos": True, "detokenize": False}
 BY_VARIABLE = {"VLLM_ATTENTION_BACKEND": "HOPPER_MLA"}
 # In log-probability. Two tokens that are as likely but for fp32's rounding, which differs between processors, are both
-# right: 1e-5 was seen. A wrong attention makes tenths.
+# right: 1e-5 was seen. A softmax scale that is 1 % off makes 0.02.
 ROUNDING = 1e-4
 IN_ONE_PROCESS = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
 

@@ -377,17 +377,19 @@ __device__ void consume_narrow(const DecodeParams& params, NarrowShared<Element,
         scale(c, factor_of(total)), log2_sums[c] = log2_of(total, reference[c]);
       }
     }
+    const auto for_each_lse = [&](auto store) {
+#pragma unroll
+      for (int c = 0; c < kColumns; ++c) {
+        if (const int row = own_column(c); threadIdx.x < 4 && row < results.last_row) store(row, log2_sums[c]);
+      }
+    };
     // In this order in the machine code, too: where there is little work, parts are what is stored, with code that nobody has
     // needed before.
     int complete = results.complete;
     if (!complete) {
       store_part<Element, kN>(results, out, group);
       if constexpr (!Scores::kByRows) {
-#pragma unroll
-        for (int c = 0; c < kColumns; ++c) {
-          const int row = own_column(c);
-          if (threadIdx.x < 4 && row < results.last_row) results.store_partial_lse(row, log2_sums[c]);
-        }
+        for_each_lse([&](int row, float x) { results.store_partial_lse(row, x); });
         results.template announce<2>(own_barrier);
       }
     }
@@ -395,11 +397,7 @@ __device__ void consume_narrow(const DecodeParams& params, NarrowShared<Element,
     if (complete) {
       if constexpr (!Scores::kByRows) {
         if (results.template wait_for_others<2>(own_barrier)) add_parts<Element, kN>(results, out, log2_sums, group);
-#pragma unroll
-        for (int c = 0; c < kColumns; ++c) {
-          const int row = own_column(c);
-          if (threadIdx.x < 4 && row < results.last_row) results.store_lse(row, log2_sums[c]);
-        }
+        for_each_lse([&](int row, float x) { results.store_lse(row, x); });
       }
       if (params.output_is_vectors) {
         store_transposed<Element, kN>(results, out, group);

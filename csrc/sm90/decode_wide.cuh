@@ -450,7 +450,19 @@ class WideConsumer {
   template <int kBegin, int kEnd>
   __device__ __forceinline__ void finish(float (&out)[128], float (&log2_sum)[2], const Rows<Element>& results) {
     const bool has_lse = rank == 0 && lane % 4 == 0 && (group == 0 || !kSharesRows);
-    if (results.complete) {
+    // In this order in the machine code, too, as in the narrow kernel.
+    int complete = results.complete;
+    if (!complete) {
+      store_part<kBegin, kEnd>(out, results);
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        const int row = first_row() + own_row + 8 * i;
+        if (has_lse && row < results.last_row) results.store_partial_lse(row, log2_sum[i]);
+      }
+      results.template announce<kGroups>(kGroupBarrier + group);
+    }
+    asm volatile("" : "+r"(complete));
+    if (complete) {
       if (results.template wait_for_others<kGroups>(kGroupBarrier + group)) add_parts<kBegin, kEnd>(out, log2_sum, results);
       if (params.output_is_vectors) {
         store_vectors<kBegin, kEnd>(out, results);
@@ -462,14 +474,6 @@ class WideConsumer {
         const int row = first_row() + own_row + 8 * i;
         if (has_lse && row < results.last_row) results.store_lse(row, log2_sum[i]);
       }
-    } else {
-      store_part<kBegin, kEnd>(out, results);
-#pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        const int row = first_row() + own_row + 8 * i;
-        if (has_lse && row < results.last_row) results.store_partial_lse(row, log2_sum[i]);
-      }
-      results.template announce<kGroups>(kGroupBarrier + group);
     }
   }
 

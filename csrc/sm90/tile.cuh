@@ -343,10 +343,11 @@ __device__ void run_roles(Tiles tiles, Queries queries, Consume consume) {
     consume();
   } else {
     ptx::setmaxnreg_dec<kOtherRegisters>();
-    if (threadIdx.x < kMathThreads + 64) {
+    // In the machine code tiles come first, next to what all have run: they are what everybody waits for.
+    if (threadIdx.x >= kMathThreads + 64) {
+      if (threadIdx.x < kMathThreads + 96) queries();
+    } else {
       tiles(threadIdx.x / 32 % 2);
-    } else if (threadIdx.x < kMathThreads + 96) {
-      queries();
     }
   }
 }

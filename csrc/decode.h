@@ -29,7 +29,7 @@ struct alignas(16) Share {
   int16_t part, parts;    // which one it has of so many parts of the request that it begins with; 0 parts if it has all of it
   int16_t last_parts;     // of the request that it ends with, 0 if it has all of it or begins with it
   int8_t step_is_small;    // whether all shares together have less than kSmallStep tiles
-  int8_t first_completes;  // whether all that are split are completed by the worker with their first part, not the combine kernel
+  int8_t first_completes;  // whether all that are split are completed by the worker with their first part
 };
 constexpr int kSmallStep = 3072;  // 226 MB, four times what the L2 cache holds: with more it gained nothing or lost
 constexpr int kShareNumbers = sizeof(Share) / sizeof(int32_t);
@@ -72,8 +72,8 @@ struct DecodeParams {
   // 0, 8, 1, 9 and so on. The tensor cores leave columns eight apart to a thread, which so stores twice as many at a time.
   float* partial_out;
   float* partial_lse;
-  // [workers, row_blocks], by the share of the worker that completes a request: how many warpgroups have stored a part of it or,
-  // of that worker, have seen that all are there. After the last one it is 0 again.
+  // [workers, row_blocks], by the share with a request's first part: how many warpgroups have stored a part of it or have seen that
+  // all are there. After the last one it is 0 again.
   uint32_t* arrivals;
 };
 

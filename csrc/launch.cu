@@ -53,8 +53,9 @@ CUtensorMap encode(CUtensorMapDataType type, const void* data, int64_t columns, 
 }
 
 // The decode kernels, and what each means for the schedule: how many query rows of a request a worker attends at a time, how many
-// thread blocks a worker is, how many blocks of the combine kernel follow for each, and the numbers of sm90::PlanParams, as measured
-// (docs/performance/notes.md, "What shares cost", "Short requests stay whole", "Completed by the first worker").
+// thread blocks a worker is, how many blocks of the combine kernel follow for each (0 if the decode kernel does that itself), and
+// the numbers of sm90::PlanParams, as measured (docs/performance/notes.md, "What shares cost", "Short requests stay whole",
+// "Completed by the first worker", "One launch for few rows").
 enum class Kernel { kNarrow16, kNarrow32, kNarrow64, kWide64, kWide128 };
 
 struct Choice {
@@ -64,14 +65,13 @@ struct Choice {
 };
 
 constexpr Choice kChoices[] = {
-    // Few rows: bytes decide, and padding rows to 64 would only keep tiles in shared memory for longer. Two blocks of the combine
-    // kernel fit beside each block of the narrowest.
-    {Kernel::kNarrow16, 16, 1, 2, 1, 1, 2, 1, 4},
-    {Kernel::kNarrow32, 32, 1, 2, 1, 1, 2, 1, 4},
-    // Twice the workers of the next one, for many short requests (padding counted, as a captured step has it), hardly ever split;
-    // if so, the combine kernel completes them.
-    {Kernel::kNarrow64, 64, 1, 4, 1, 2, 4, 3, 0},
-    // A thread block has registers for the results of 64 rows and half of the columns.
+    // Few rows: bytes decide, and padding rows to 64 would only keep tiles in shared memory for longer.
+    {Kernel::kNarrow16, 16, 1, 0, 1, 1, 2, 1, 4},
+    {Kernel::kNarrow32, 32, 1, 0, 1, 1, 2, 1, 4},
+    // Twice the workers of the next one, for many short requests (padding counted, as a captured step has it), hardly ever split.
+    {Kernel::kNarrow64, 64, 1, 0, 1, 2, 4, 3, 0},
+    // A thread block has registers for the results of 64 rows and half of the columns. Parts are large, and a kernel that has all
+    // of the multiprocessors combines them faster than the workers, where these are few or wait for each other.
     {Kernel::kWide64, 64, 2, 8, 2, 3, 8, 3, 4},
     {Kernel::kWide128, 128, 2, 8, 2, 3, 8, 3, 4},
 };
@@ -181,7 +181,7 @@ void launch(DecodeParams params, const Blocks& blocks, const Cache& cache, CUten
       break;
   }
   // Where there are more blocks of rows than multiprocessors, there is one worker and nothing to combine.
-  combine<Element>(params, blocks.choice.combiners * std::min(blocks.count, 64), stream);
+  if (blocks.choice.combiners > 0) combine<Element>(params, blocks.choice.combiners * std::min(blocks.count, 64), stream);
 }
 
 }  // namespace

@@ -19,8 +19,8 @@ class ScheduleBuffers:
         partial_out: [multiprocessors, 2, 64, 512] fp32, with columns in the order that csrc/decode.h says: a worker may
             hold a part of its first request and of its last.
         partial_lse: [multiprocessors, 2, 64] fp32, the base-2 logarithm of the parts' softmax denominators.
-        arrivals: [multiprocessors] int32, at least one for each worker and block of query rows: how many of the parts
-            that it waits for are there. 0 between calls.
+        arrivals: [multiprocessors] int32, at least one for each worker and block of query rows: how many parts are
+            there of the request that it has the first part of. 0 between calls.
     """
 
     shares: torch.Tensor

@@ -1,13 +1,15 @@
-// Combines the partial results of requests that several workers shared, unless the workers with their first parts do, and clears
-// the rows that attend to nothing.
+// Combines the partial results of requests that several workers shared, unless the workers with their first parts do: in the
+// decode kernel itself, where all workers with a part divide this between them, or in a kernel of its own. And clears the rows that
+// attend to nothing.
 #pragma once
 
 #include "tile.cuh"
 
 namespace mla_backend::sm90 {
 
-// The work is cut into units of 32 columns of a query row. A team of eight threads reads a line of 128 bytes of each of its parts.
-constexpr int kCombineThreads = 128;
+// The work of a warpgroup is cut into units of 32 columns of a query row. A team of eight threads reads a line of 128 bytes of each
+// of its parts.
+constexpr int kCombineThreads = 128, kCombineWarps = kCombineThreads / 32;
 constexpr int kTeamThreads = 8, kTeams = kCombineThreads / kTeamThreads;
 constexpr int kUnitColumns = 4 * kTeamThreads, kRowUnits = kLatentDim / kUnitColumns;
 
@@ -90,16 +92,33 @@ struct Parts {
 template <typename Element>
 class Combiner {
  public:
-  __device__ __forceinline__ Combiner(const DecodeParams& params, const Parts& parts)
+  // `sums` is shared memory for [kCombineWarps] of them, and `barrier` a named barrier of the warpgroup.
+  __device__ __forceinline__ Combiner(const DecodeParams& params, const Parts& parts, PartialSum (*sums)[kTeamThreads], int barrier)
       : params(params),
         parts(parts),
+        sums(sums),
+        barrier(barrier),
+        thread(threadIdx.x % kCombineThreads),
         lane(threadIdx.x % kTeamThreads),
         stride(params.row_blocks * params.block_rows) {}
 
-  // Units first to last (not included), all of a team's parts kUnits x kParts at a time.
+  // Units first to last (not included).
+  __device__ __forceinline__ void combine(int first, int last) const {
+    if (const int units = last - first; units <= 0) {
+    } else if (units <= kTeams) {
+      by_several_teams_each(first, last, __clz(units - 1) - __clz(kTeams - 1));
+    } else if (parts.count <= 2) {
+      by_one_team_each<4, 2>(first, last);
+    } else {
+      by_one_team_each<2, 4>(first, last);
+    }
+  }
+
+ private:
+  // All of a team's parts, kUnits x kParts at a time.
   template <int kUnits, int kParts>
   __device__ __forceinline__ void by_one_team_each(int first, int last) const {
-    for (int unit = first + static_cast<int>(threadIdx.x) / kTeamThreads; unit < last; unit += kUnits * kTeams) {
+    for (int unit = first + thread / kTeamThreads; unit < last; unit += kUnits * kTeams) {
       PartialSum sum[kUnits];
       add<kUnits, kParts>(sum, unit, last, 0, 1);
 #pragma unroll
@@ -111,9 +130,7 @@ class Combiner {
 
   // One unit for every 2^shift teams, which divide its parts between them.
   __device__ __forceinline__ void by_several_teams_each(int first, int last, int shift) const {
-    constexpr int kWarps = kCombineThreads / 32;
-    __shared__ PartialSum sums[kWarps][kTeamThreads];
-    const int team = threadIdx.x / kTeamThreads, warp = threadIdx.x / 32, own = first + (team >> shift);
+    const int team = thread / kTeamThreads, warp = thread / 32, own = first + (team >> shift);
     const int unit = min(own, last - 1), sharing = 1 << shift, part = team & sharing - 1;
     PartialSum sum[1];
     add<1, 9>(sum, unit, last, part, sharing);
@@ -124,14 +141,14 @@ class Combiner {
     }
     if (const int warps = sharing * kTeamThreads / 32; warps > 1) {
       if (threadIdx.x % 32 < kTeamThreads) sums[warp][lane] = sum[0];
-      __syncthreads();
+      ptx::named_barrier_sync<kCombineThreads>(barrier);
       if ((warp & warps - 1) > 0) return;
       float peak = sum[0].peak;
 #pragma unroll
-      for (int w = 1; w < kWarps; ++w) peak = w < warps ? fmaxf(peak, sums[warp + w][lane].peak) : peak;
+      for (int w = 1; w < kCombineWarps; ++w) peak = w < warps ? fmaxf(peak, sums[warp + w][lane].peak) : peak;
       sum[0].raise(peak);
 #pragma unroll
-      for (int w = 1; w < kWarps; ++w) {
+      for (int w = 1; w < kCombineWarps; ++w) {
         if (w >= warps) break;
         const PartialSum& theirs = sums[warp + w][lane];
         sum[0].add(theirs.values, theirs.total, sum[0].weight(theirs.peak));
@@ -140,7 +157,6 @@ class Combiner {
     if (part == 0 && own < last) store(unit, sum[0]);
   }
 
- private:
   // Add every `step`-th part from `part` on, of `kUnits` units. All that is read at a time is asked for before any is looked at.
   template <int kUnits, int kParts>
   __device__ __forceinline__ void add(PartialSum (&sum)[kUnits], int unit, int last, int part, int step) const {
@@ -149,7 +165,6 @@ class Combiner {
     int first_row[kUnits];
 #pragma unroll
     for (int u = 0; u < kUnits; ++u) first_row[u] = partial_row_of(min(unit + u * kTeams, last - 1));
-    ptx::wait_for_previous_kernel();
 #pragma unroll 1
     for (; part < parts.count; part += kParts * step) {
       float peaks[kUnits][kParts];
@@ -201,6 +216,9 @@ class Combiner {
 
   const DecodeParams& params;
   const Parts& parts;
+  PartialSum (*const sums)[kTeamThreads];
+  const int barrier;
+  const int thread;  // of the warpgroup
   const int lane;    // of the team
   const int stride;  // from a part to the next, in rows
 };
@@ -237,6 +255,57 @@ __device__ __forceinline__ void clear_rows(const DecodeParams& params) {
   }
 }
 
+// Whether all workers of a part's request combine it, and then wait for all parts. Else the one with the first part does, for whom
+// this waits, too. Called by each of a worker's kGroups warpgroups, when it has stored its parts.
+//
+// To wait for others is safe only if they are at work, or two decode kernels at the same time could each keep the other's thread
+// blocks from starting. The worker with the first part is the last one to start, so all of them are if it has. It says so when it
+// starts, by what the counter begins with, unless somebody has counted before; so all take the counter to mean the same.
+template <int kGroups>
+__device__ __forceinline__ bool all_combine(const DecodeParams& params, const Piece& piece, int barrier) {
+  bool all = false;
+  if (threadIdx.x % 128 == 0) {
+    uint32_t* const counter = arrivals(params, piece.first_share);
+    const uint32_t stored = kGroups * piece.parts;
+    uint32_t count;
+    do {
+      count = ptx::load_acquire(counter);
+      all = count >= kAllStarted;
+    } while (all ? count < kAllStarted + stored : piece.part == 0 && count < stored);
+    // Whoever has seen that all are there counts, too, and the last of these sets the counter to 0.
+    if (all) {
+      ptx::count(counter, kAllStarted + 2 * stored - 1);
+    } else if (piece.part == 0) {
+      ptx::count(counter, stored + kGroups - 1);
+    }
+  }
+  return ptx::uniform(ptx::named_barrier_any<128>(barrier, all));
+}
+
+// Combine, with the others who have a part, the requests of this worker's parts. Called by each of its kGroups warpgroups.
+template <typename Element, int kGroups>
+__device__ __forceinline__ void combine_split(const DecodeParams& params, const SplitPieces& split, int group, int barrier,
+                                              PartialSum (*sums)[kTeamThreads]) {
+#pragma unroll 1
+  for (int i = 0; i < split.count; ++i) {
+    const Piece piece = split.piece[i];  // all that can be known before the wait
+    const Parts parts = {piece.slot - piece.part, piece.parts, piece.first_token};
+    const Combiner<Element> combiner(params, parts, sums, barrier);
+    const int units = piece.rows(params) * kRowUnits, groups = parts.count * kGroups;
+    const int group_units = divide(units + groups - 1, groups);
+    int part = piece.part, first = (part * kGroups + group) * group_units;
+    const bool all = all_combine<kGroups>(params, piece, barrier);
+    if (!all && part > 0) continue;
+#pragma unroll 1
+    for (;;) {
+      combiner.combine(first, min(first + group_units, units));
+      if (all || ++part == parts.count) break;
+      first += kGroups * group_units;
+      ptx::named_barrier_sync<128>(barrier);  // the sums are used again
+    }
+  }
+}
+
 // The units of a part's request that its thread blocks combine, as many for each part as for any other.
 struct Job {
   Parts parts = {};
@@ -263,24 +332,17 @@ __global__ void __launch_bounds__(kCombineThreads, 4) combine_kernel(const __gri
   // starts when all before it is done.
   const Share share = params.shares[blockIdx.x];
   Job job(params, share, share.parts == 0);
-  if (threadIdx.x / 32 == kCombineThreads / 32 - 1) clear_rows<Element>(params);
-#pragma unroll 1
-  for (bool more = share.parts > 0 && share.last_parts > 0 && !share.first_completes;; more = false) {
-    const Combiner<Element> combiner(params, job.parts);
-    if (const int units = job.last_unit - job.first_unit; units <= 0) {
-    } else if (units <= kTeams) {
-      combiner.by_several_teams_each(job.first_unit, job.last_unit, __clz(units - 1) - __clz(kTeams - 1));
-    } else if (job.parts.count <= 2) {
-      combiner.template by_one_team_each<4, 2>(job.first_unit, job.last_unit);
-    } else {
-      combiner.template by_one_team_each<2, 4>(job.first_unit, job.last_unit);
-    }
-    if (!more) break;
-    job = Job(params, share, true);
-    __syncthreads();  // what several teams add up lies in shared memory
-  }
+  if (threadIdx.x / 32 == kCombineWarps - 1) clear_rows<Element>(params);
   // Those without a part, too, or the next kernel might start when this one is done and the decode kernel is not.
   ptx::wait_for_previous_kernel();
+  __shared__ PartialSum sums[kCombineWarps][kTeamThreads];
+#pragma unroll 1
+  for (bool more = share.parts > 0 && share.last_parts > 0 && !share.first_completes;; more = false) {
+    Combiner<Element>(params, job.parts, sums, 0).combine(job.first_unit, job.last_unit);
+    if (!more) break;
+    job = Job(params, share, true);
+    __syncthreads();  // the sums are used again
+  }
 }
 
 }  // namespace mla_backend::sm90

@@ -9,7 +9,7 @@
 // for scores then, and the probabilities are all that they share.
 #pragma once
 
-#include "tile.cuh"
+#include "combine.cuh"
 
 namespace mla_backend::sm90 {
 
@@ -38,6 +38,7 @@ struct alignas(1024) NarrowShared {
   // Where each warpgroup has the scores of half of the rows: what both multiply a row's results by, and its reference at the end.
   alignas(8) float factor[Scores::kByRows ? kN : 1], reference[Scores::kByRows ? kN : 1];
   Piece work[2];
+  SplitPieces split;
   Pipeline<2> tiles;
   Pipeline<kQueryStages> queries;
   uint64_t scores_full;
@@ -390,8 +391,8 @@ __device__ void consume_narrow(const DecodeParams& params, NarrowShared<Element,
       store_part<Element, kN>(results, out, group);
       if constexpr (!Scores::kByRows) {
         for_each_lse([&](int row, float x) { results.store_partial_lse(row, x); });
-        results.template announce<2>(own_barrier);
       }
+      results.announce(own_barrier);
     }
     asm volatile("" : "+r"(complete));
     if (complete) {
@@ -407,10 +408,13 @@ __device__ void consume_narrow(const DecodeParams& params, NarrowShared<Element,
     }
     meet();  // before the next piece overwrites the sums
   }
+  // What they add up goes where this warpgroup's probabilities were.
+  const auto sums = reinterpret_cast<PartialSum(*)[kTeamThreads]>(shared.probabilities[Scores::kByRows ? 0 : group]);
+  combine_split<Element, 2>(params, shared.split, group, own_barrier, sums + (Scores::kByRows ? group * kCombineWarps : 0));
 }
 
-// A block is started with as many registers for each thread as if it had kThreads of them. With 16 and 32 rows they are few enough
-// to leave room for two blocks of the combine kernel, or for one, which so can look up their work before this kernel is done.
+// A block is started with as many registers for each thread as if it had kThreads of them. With 168 for all, which none of them
+// needs, steps with 16 rows took 0.1 to 0.5 us longer; why is not known.
 template <int kN>
 struct NarrowRegisters {
   static constexpr int kThreads = kN == 16 ? 640 : kN == 32 ? 512 : 384;                        // 96, 128 or 168 registers each
@@ -431,7 +435,6 @@ __global__ void __launch_bounds__(NarrowRegisters<kN>::kThreads, 1)
   Pieces pieces(params);
   if (brings_something()) pieces.find(blockIdx.x);
   __syncthreads();
-  ptx::let_next_kernel_start();
   run_roles<NarrowRegisters<kN>::kMath, NarrowRegisters<kN>::kOther>(
       [&](int warp) {
         if (warp > 0) return;
@@ -446,7 +449,7 @@ __global__ void __launch_bounds__(NarrowRegisters<kN>::kThreads, 1)
       },
       [&] {
         bring_queries(
-            params, pieces, shared.queries, shared.work, params.block_rows * kHeadDim * sizeof(Element),
+            params, pieces, shared.queries, shared.work, &shared.split, params.block_rows * kHeadDim * sizeof(Element),
             [&](int stage, int token) {
               const int block = threadIdx.x % 32;
               if (block < kColumnBlocks) {
@@ -466,7 +469,7 @@ __global__ void __launch_bounds__(NarrowRegisters<kN>::kThreads, 1)
                   piece.rows(params), [&](int row, int chunk) { return place(row, kLatentDim / 8 + chunk); });
             });
       },
-      [&] { consume_narrow<Element, kN>(params, shared); });
+      [&] { consume_narrow<Element, kN>(params, shared); }, [&] { clear_rows<Element>(params); });
 }
 
 }  // namespace mla_backend::sm90

@@ -459,7 +459,7 @@ class WideConsumer {
         const int row = first_row() + own_row + 8 * i;
         if (has_lse && row < results.last_row) results.store_partial_lse(row, log2_sum[i]);
       }
-      results.template announce<kGroups>(kGroupBarrier + group);
+      if (results.first_completes) results.announce(kGroupBarrier + group);
     }
     asm volatile("" : "+r"(complete));
     if (complete) {
@@ -623,7 +623,8 @@ __global__ void __cluster_dims__(2) __launch_bounds__(kThreads, 1)
       },
       [&] {
         bring_queries(
-            params, pieces, shared.queries, shared.work, params.block_rows * (kBlockLatent + kBlockRope) * sizeof(Element),
+            params, pieces, shared.queries, shared.work, nullptr,
+            params.block_rows * (kBlockLatent + kBlockRope) * sizeof(Element),
             [&](int, int token) {
               const int block = threadIdx.x % 32;
               if (block <= kLatentBlocks) {
@@ -648,7 +649,7 @@ __global__ void __cluster_dims__(2) __launch_bounds__(kThreads, 1)
                   [&](int row, int chunk) { return ptx::shared_address(shared.query.rope) + swizzled_64(row, chunk); });
             });
       },
-      [&] { WideConsumer<Element, kRows>(params, shared).run(); });
+      [&] { WideConsumer<Element, kRows>(params, shared).run(); }, [] {});
   ptx::cluster_sync();  // until then the other block may still store into this one
 }
 

@@ -6,7 +6,7 @@
 // the last can be a part of their request, so that there are at most two partial results for each worker. Those of a request
 // follow each other in the order of its tiles. A share that would begin just after a request's beginning begins with the request.
 // Where no request has more than a few parts, the worker with the first one completes it: its share ends with that, and the next
-// one begins with the next, so that the others are there, or nearly so. Else the combine kernel adds them up, which all can do at
+// one begins with the next, so that the others are there, or nearly so. Else all workers or the combine kernel add them up, at
 // the same time: also if requests of equal length have equally many workers, as their parts come at the same time.
 //
 // Requests of equal length get equally many workers each, unless too many would be idle: to leave a few idle costs less than to let
@@ -32,7 +32,7 @@ struct PlanParams {
   int begin_cost;   // of a request
   int uneven_cost;  // of shares that begin anywhere in requests of equal length
   int split_cost;   // of a part for each worker: storing them, and combining them when all are there
-  int most_parts;   // of any request, if first workers complete them, and not the combine kernel
+  int most_parts;   // of any request, if first workers complete them
   bool batch_invariant;
 };
 

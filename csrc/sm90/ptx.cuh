@@ -39,14 +39,20 @@ __device__ __forceinline__ void load_if(bool condition, float4& value, const flo
                : "l"(from), "r"(static_cast<int>(condition)));
 }
 
-// Add one to a counter that begins anew after `last`, once all that happened before is visible on the whole GPU.
-__device__ __forceinline__ void count_release(uint32_t* counter, uint32_t last) {
-  asm volatile("red.release.gpu.global.inc.u32 [%0], %1;" ::"l"(counter), "r"(last) : "memory");
+// Add one to a counter, once all that happened before is visible on the whole GPU.
+__device__ __forceinline__ void count_release(uint32_t* counter) {
+  asm volatile("red.release.gpu.global.add.u32 [%0], 1;" ::"l"(counter) : "memory");
 }
 
-// The same without waiting for what happened before.
+// Add one without waiting for what happened before. After `last` the counter begins anew.
 __device__ __forceinline__ void count(uint32_t* counter, uint32_t last) {
   asm volatile("red.relaxed.gpu.global.inc.u32 [%0], %1;" ::"l"(counter), "r"(last) : "memory");
+}
+
+// Set a counter that is 0.
+__device__ __forceinline__ void set_zero_to(uint32_t* counter, uint32_t value) {
+  asm volatile("{\n.reg .b32 before;\natom.relaxed.gpu.global.cas.b32 before, [%0], 0, %1;\n}\n" ::"l"(counter), "r"(value)
+               : "memory");
 }
 
 __device__ __forceinline__ uint32_t load_acquire(const uint32_t* from) {

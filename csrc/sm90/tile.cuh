@@ -145,23 +145,42 @@ __device__ void copy_rows(const DecodeParams& params, const Element* from, int64
   }
 }
 
+// The counter of a request's parts, by the number of the share with the first one.
+__device__ __forceinline__ uint32_t* arrivals(const DecodeParams& params, int first_share) {
+  return params.arrivals + first_share * params.row_blocks + blockIdx.y;
+}
+
+// What a counter begins with if the worker with a request's first part had started when nobody had stored a part yet.
+constexpr uint32_t kAllStarted = 1 << 20;
+
 // The query warp: bring a block of query rows for every piece of this worker's share, and with it say in work[2] what the
 // piece is; after the last a piece without tiles. `load(stage, token)` starts the copies of the block that begins with this
 // query token, `bytes` in all, each by a lane of its own; `copy(stage, piece)` does the same without the copy engine, and all lanes
 // write. So all arrive at the barrier. Rows past the request's are whatever lies there, and nobody looks at what becomes of them.
+// Where the decode kernel combines parts itself, `split` gets those that are not left to the first worker; else it is null.
 template <typename Pipeline, typename Load, typename Copy>
-__device__ void bring_queries(const DecodeParams& params, Pieces& pieces, Pipeline& pipeline, Piece* work, int bytes,
-                              Load load, Copy copy) {
+__device__ void bring_queries(const DecodeParams& params, Pieces& pieces, Pipeline& pipeline, Piece* work, SplitPieces* split,
+                              int bytes, Load load, Copy copy) {
   const int lane = threadIdx.x % 32;
-  int number = 0;
+  int number = 0, split_pieces = 0;
   Piece piece;
+  // Before this worker's own parts can be counted.
+  if (split != nullptr && lane == 0 && pieces.begins_combined()) ptx::set_zero_to(arrivals(params, pieces.number()), kAllStarted);
   while (pieces.take(piece)) {
     pieces.find_queries(piece);
     const int first_row = blockIdx.y * params.block_rows;
-    if (first_row >= piece.rows(params)) continue;
+    const bool combined = split != nullptr && piece.parts > 0 && !piece.first_completes;
+    if (first_row >= piece.rows(params)) {
+      if (combined && piece.part == 0 && lane == 0) *arrivals(params, pieces.number()) = 0;  // as nobody will
+      continue;
+    }
     const int stage = pipeline.stage(number);
     pipeline.wait_empty(number);
     if (lane == 0) work[number & 1] = piece;
+    if (combined) {
+      if (lane == 0) split->piece[split_pieces] = piece;
+      ++split_pieces;
+    }
     if (params.queries_are_vectors) {
       if (lane == 0) {
         ptx::mbarrier_arrive_expect_tx(&pipeline.full[stage], bytes);
@@ -178,6 +197,7 @@ __device__ void bring_queries(const DecodeParams& params, Pieces& pieces, Pipeli
   }
   pipeline.wait_empty(number);
   if (lane == 0) work[number & 1] = {};
+  if (lane == 0 && split != nullptr) split->count = split_pieces;
   ptx::mbarrier_arrive(&pipeline.full[pipeline.stage(number)]);
 }
 
@@ -206,8 +226,9 @@ template <typename Element>
 struct Rows {
   const DecodeParams& params;
   bool complete;  // they are, or will be when the other parts are added, the output
-  int parts;      // of the request, if the worker with the first one completes it, else 0
-  int completer, row_block;
+  int parts;      // of the request, 0 if this is all of it
+  bool first_completes;
+  int first_share;  // the number of the share with the request's first part
   int first_token;
   int first_row, last_row;  // of this block's rows, and past them
   int first_partial_row;
@@ -216,8 +237,8 @@ struct Rows {
       : params(params),
         complete(piece.completes()),
         parts(piece.parts),
-        completer(piece.completer),
-        row_block(row_block),
+        first_completes(piece.first_completes),
+        first_share(piece.first_share),
         first_token(piece.first_token),
         first_row(row_block * params.block_rows),
         last_row(min(first_row + params.block_rows, piece.rows(params))),
@@ -234,22 +255,20 @@ struct Rows {
     return params.partial_out + static_cast<int64_t>(partial_row_of(row, part)) * kLatentDim;
   }
 
-  // Of a part that is stored: tell the worker that completes the request, if one does. Called by each of a worker's kGroups
-  // mathematics warpgroups.
-  template <int kGroups>
+  // Of a part that is stored: tell those who wait for it. Called by each of a worker's mathematics warpgroups.
   __device__ __forceinline__ void announce(int barrier) const {
-    if (parts == 0) return;
     ptx::named_barrier_sync<128>(barrier);
-    if (threadIdx.x % 128 == 0) ptx::count_release(arrivals(), kGroups * parts - 1);
+    if (threadIdx.x % 128 == 0) ptx::count_release(arrivals(params, first_share));
   }
 
-  // Of what will be the output: whether there are other parts to be added, which then are there.
+  // Of what will be the output: whether there are other parts to be added, which then are there. A worker has kGroups warpgroups.
   template <int kGroups>
   __device__ __forceinline__ bool wait_for_others(int barrier) const {
     if (parts == 0) return false;
     if (threadIdx.x % 128 == 0) {
-      while (ptx::load_acquire(arrivals()) < kGroups * (parts - 1)) continue;
-      ptx::count(arrivals(), kGroups * parts - 1);
+      uint32_t* const counter = arrivals(params, first_share);
+      while (ptx::load_acquire(counter) < kGroups * (parts - 1)) continue;
+      ptx::count(counter, kGroups * parts - 1);
     }
     ptx::named_barrier_sync<128>(barrier);
     return true;
@@ -270,9 +289,6 @@ struct Rows {
   __device__ __forceinline__ void store_partial_lse(int row, float log2_sum) const {
     params.partial_lse[partial_row_of(row)] = log2_sum;
   }
-
- private:
-  __device__ __forceinline__ uint32_t* arrivals() const { return params.arrivals + completer * params.row_blocks + row_block; }
 };
 
 // What two results of the same row count for when they are added, from the logarithms of their denominators. `log2_sum` becomes
@@ -334,10 +350,10 @@ __device__ __forceinline__ bool brings_something() {
   return threadIdx.x >= kMathThreads && threadIdx.x < kMathThreads + 96;
 }
 
-// Divide the block's threads into their roles. Together they can have at most the registers that the block was started with, or
-// the increase waits for ever.
-template <int kMathRegisters, int kOtherRegisters, typename Tiles, typename Queries, typename Consume>
-__device__ void run_roles(Tiles tiles, Queries queries, Consume consume) {
+// Divide the block's threads into their roles: mathematics, two warps that bring tiles, one that brings queries, and the rest.
+// Together they can have at most the registers that the block was started with, or the increase waits for ever.
+template <int kMathRegisters, int kOtherRegisters, typename Tiles, typename Queries, typename Consume, typename Rest>
+__device__ void run_roles(Tiles tiles, Queries queries, Consume consume, Rest rest) {
   if (threadIdx.x < kMathThreads) {
     ptx::setmaxnreg_inc<kMathRegisters>();
     consume();
@@ -345,7 +361,7 @@ __device__ void run_roles(Tiles tiles, Queries queries, Consume consume) {
     ptx::setmaxnreg_dec<kOtherRegisters>();
     // In the machine code tiles come first, next to what all have run: they are what everybody waits for.
     if (threadIdx.x >= kMathThreads + 64) {
-      if (threadIdx.x < kMathThreads + 96) queries();
+      threadIdx.x < kMathThreads + 96 ? queries() : rest();
     } else {
       tiles(threadIdx.x / 32 % 2);
     }

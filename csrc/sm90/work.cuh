@@ -9,16 +9,23 @@ namespace mla_backend {
 struct Piece {
   int request;
   int first_tile, last_tile;
-  int slot;  // of its partial result; negative if it is all of the request
-  // If the worker with the request's first part completes it: the number of its share, and how many parts there are. Else -1, 0.
-  int completer, parts;
+  int slot;         // of its partial result; negative if it is all of the request
+  int part, parts;  // which one it is of so many parts of the request; 0 parts if it is all of it
+  int first_share;  // the number of the share with the first part
+  bool first_completes;  // whether the worker of that share adds the other parts
   int seq_len;
   int first_token, queries;  // of the request
 
   __device__ int tiles() const { return last_tile - first_tile; }
   // Whether its results are the output: it is all of the request, or the first part and adds the others.
-  __device__ bool completes() const { return slot < 0 || (parts > 0 && first_tile == 0); }
+  __device__ bool completes() const { return parts == 0 || (first_completes && part == 0); }
   __device__ int rows(const DecodeParams& params) const { return queries * params.heads; }
+};
+
+// The pieces of a share that are parts of requests which all of their workers combine: the first one and the last one, at most.
+struct SplitPieces {
+  Piece piece[2];
+  int count;
 };
 
 // a / divisor in few instructions, given 2^32 / divisor, rounded up. Exact where a x divisor is less than 2^32.
@@ -58,14 +65,20 @@ class Pieces {
     // The share's first piece, if it is a part at all, is number `part` of `parts`, the last one the first of `last_parts`. Shares
     // of earlier tiles come later, so that of a request's first part so many places.
     const int parts = share_.parts > 0 ? share_.parts : whole ? 0 : share_.last_parts;
-    const bool completed = !whole && share_.first_completes;
-    piece = {share_.request, share_.first_tile, last_tile, whole ? -1 : share_.slot++,
-             completed ? number_ + share_.part : -1, completed ? parts : 0, share_.seq_len, 0, 0};
+    piece = {share_.request, share_.first_tile, last_tile, whole ? -1 : share_.slot++, share_.part, parts,
+             number_ + share_.part, share_.first_completes != 0, share_.seq_len, 0, 0};
     share_.part = share_.parts = 0;
     share_.tiles -= piece.tiles();
     share_.first_tile = share_.seq_len = 0;
     return true;
   }
+
+  // Before any piece is taken: whether this worker has the first part of a request that all of its workers combine.
+  __device__ bool begins_combined() const {
+    return !share_.first_completes && (share_.last_parts > 0 || (share_.parts > 0 && share_.part == 0));
+  }
+
+  __device__ int number() const { return number_; }
 
   // Where the queries of the piece that was taken last lie. Asked for later, because the lengths of requests come from memory,
   // and whoever brings tiles asks there for page numbers first.

@@ -193,9 +193,8 @@ def uneven(seed: int, heads: int, queries: int) -> dict[str, Any]:
     return arguments
 
 
-@pytest.mark.parametrize(("heads", "queries"), [(8, 1), (16, 1), (16, 2), (40, 1), (16, 4), (128, 1), (128, 3)])
-def test_uneven_requests_are_completed_by_their_first_workers(heads: int, queries: int) -> None:
-    arguments = uneven(heads, heads, queries)
+def check_again_and_again(arguments: dict[str, Any]) -> None:
+    """Parts come in another order every time, and nothing may be read before it is there."""
     buffers, (expected, expected_lse) = arguments["schedule"].buffers, reference(arguments)
     first, first_lse = mla_decode(**arguments, return_lse=True)
     assert (first.float() - expected).norm() < 0.01 * expected.norm()
@@ -208,10 +207,43 @@ def test_uneven_requests_are_completed_by_their_first_workers(heads: int, querie
         assert not buffers.arrivals.any()
 
 
+@pytest.mark.parametrize(("heads", "queries"), [(8, 1), (16, 1), (16, 2), (40, 1), (16, 4), (128, 1), (128, 3)])
+def test_uneven_requests_are_completed_by_their_first_workers(heads: int, queries: int) -> None:
+    check_again_and_again(uneven(heads, heads, queries))
+
+
+MANY_PARTS = ([9000], [4096] * 8, [2000] * 33, [4641, 45118, 1730, 1696], [70, 30000, 1, 0, 64])
+
+
+@pytest.mark.parametrize("seq_lens", MANY_PARTS, ids=str)
+@pytest.mark.parametrize(("heads", "queries"), [(8, 1), (16, 1), (16, 2), (64, 1), (128, 1)])
+def test_parts_of_many_workers(heads: int, queries: int, seq_lens: list[int]) -> None:
+    """With few rows all workers combine what they have found, with many rows the combine kernel does."""
+    check_again_and_again(Step(seq_lens, [queries] * len(seq_lens), heads, deviation=1.0).arguments())
+
+
+@pytest.mark.parametrize("seq_lens", MANY_PARTS, ids=str)
+def test_workers_that_start_late(seq_lens: list[int]) -> None:
+    """Other kernels hold the multiprocessors, so workers are done before those with the first parts have started."""
+    arguments = Step(seq_lens, [1] * len(seq_lens), 16, deviation=1.0).arguments()
+    expected = mla_decode(**arguments)
+    square = torch.randn(4096, 4096, device="cuda", dtype=torch.bfloat16)
+    other = torch.cuda.Stream()
+    for _ in range(30):
+        with torch.cuda.stream(other):
+            square @ square
+        assert mla_decode(**arguments).equal(expected)
+    torch.cuda.synchronize()
+    assert not arguments["schedule"].buffers.arrivals.any()
+
+
 def test_steps_at_the_same_time_wait_for_nobody_for_ever() -> None:
-    """Neither fits beside the other, and in both workers wait for workers."""
-    streams = [torch.cuda.Stream() for _ in range(4)]
+    """None fits beside another, and in all of them workers wait for workers."""
+    streams = [torch.cuda.Stream() for _ in range(6)]
     steps = [uneven(seed, heads, 1) for seed, heads in enumerate((16, 128, 16, 128))]
+    steps += [
+        Step([length] * requests, [1] * requests, 16).arguments() for requests, length in ((2, 30000), (33, 2000))
+    ]
     expected = [mla_decode(**step) for step in steps]
     outputs = [torch.empty_like(out) for out in expected]
     torch.cuda.synchronize()

@@ -6,7 +6,6 @@
 #include <stdexcept>
 #include <string>
 
-#include "sm90/combine.cuh"
 #include "sm90/decode_narrow.cuh"
 #include "sm90/decode_wide.cuh"
 #include "sm90/plan.cuh"
@@ -53,27 +52,25 @@ CUtensorMap encode(CUtensorMapDataType type, const void* data, int64_t columns, 
 }
 
 // The decode kernels, and what each means for the schedule: how many query rows of a request a worker attends at a time, how many
-// thread blocks a worker is, how many blocks of the combine kernel follow for each (0 if the decode kernel does that itself), and
-// the numbers of sm90::PlanParams, as measured (docs/performance/notes.md, "What shares cost", "Short requests stay whole",
-// "Completed by the first worker", "One launch for few rows").
+// thread blocks a worker is, and the numbers of sm90::PlanParams, as measured (docs/performance/notes.md, "What shares cost", "Short
+// requests stay whole", "Completed by the first worker").
 enum class Kernel { kNarrow16, kNarrow32, kNarrow64, kWide64, kWide128 };
 
 struct Choice {
   Kernel kernel;
-  int rows, cluster, combiners;
+  int rows, cluster;
   int least_share, begin_cost, uneven_cost, split_cost, most_parts;
 };
 
 constexpr Choice kChoices[] = {
     // Few rows: bytes decide, and padding rows to 64 would only keep tiles in shared memory for longer.
-    {Kernel::kNarrow16, 16, 1, 0, 1, 1, 2, 1, 4},
-    {Kernel::kNarrow32, 32, 1, 0, 1, 1, 2, 1, 4},
+    {Kernel::kNarrow16, 16, 1, 1, 1, 2, 1, 4},
+    {Kernel::kNarrow32, 32, 1, 1, 1, 2, 1, 4},
     // Twice the workers of the next one, for many short requests (padding counted, as a captured step has it), hardly ever split.
-    {Kernel::kNarrow64, 64, 1, 0, 1, 2, 4, 3, 0},
-    // A thread block has registers for the results of 64 rows and half of the columns. Parts are large, and a kernel that has all
-    // of the multiprocessors combines them faster than the workers, where these are few or wait for each other.
-    {Kernel::kWide64, 64, 2, 8, 2, 3, 8, 3, 4},
-    {Kernel::kWide128, 128, 2, 8, 2, 3, 8, 3, 4},
+    {Kernel::kNarrow64, 64, 1, 1, 2, 4, 3, 0},
+    // A thread block has registers for the results of 64 rows and half of the columns.
+    {Kernel::kWide64, 64, 2, 2, 3, 8, 3, 4},
+    {Kernel::kWide128, 128, 2, 2, 3, 8, 3, 4},
 };
 constexpr bool all_boxes_are_large_enough() {
   for (const Choice& choice : kChoices) {
@@ -136,21 +133,6 @@ void decode(Kernel kernel, const Choice& choice, const DecodeParams& params, con
   check("decode kernel", cudaGetLastError());
 }
 
-template <typename Element>
-void combine(const DecodeParams& params, int more, cudaStream_t stream) {
-  // It need not wait until all that the decode kernel wrote is there: its blocks find their work first.
-  cudaLaunchAttribute overlap;
-  overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  overlap.val.programmaticStreamSerializationAllowed = 1;
-  cudaLaunchConfig_t config = {};
-  config.gridDim = dim3(params.workers, more);
-  config.blockDim = sm90::kCombineThreads;
-  config.stream = stream;
-  config.attrs = &overlap;
-  config.numAttrs = 1;
-  check("combine kernel", cudaLaunchKernelEx(&config, sm90::combine_kernel<Element>, params));
-}
-
 // What quotient() takes.
 uint32_t reciprocal(int divisor) { return static_cast<uint32_t>((0x1'0000'0000 + divisor - 1) / divisor); }
 
@@ -180,8 +162,6 @@ void launch(DecodeParams params, const Blocks& blocks, const Cache& cache, CUten
       decode<WideShared<Element, 128>>(decode_wide_kernel<Element, 128>, blocks.choice, params, cache, type, stream);
       break;
   }
-  // Where there are more blocks of rows than multiprocessors, there is one worker and nothing to combine.
-  if (blocks.choice.combiners > 0) combine<Element>(params, blocks.choice.combiners * std::min(blocks.count, 64), stream);
 }
 
 }  // namespace

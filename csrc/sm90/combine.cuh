@@ -1,6 +1,5 @@
-// Combines the partial results of requests that several workers shared, unless the workers with their first parts do: in the
-// decode kernel itself, where all workers with a part divide this between them, or in a kernel of its own. And clears the rows that
-// attend to nothing.
+// Combines the partial results of requests that several workers shared, at the end of the decode kernel, where the worker with
+// their first part has not done so: all workers with a part divide this between them. And clears the rows that attend to nothing.
 #pragma once
 
 #include "tile.cuh"
@@ -83,10 +82,10 @@ struct PartialSum {
   }
 };
 
-// The parts of a request that several workers shared.
+// The parts of a request that several workers shared, for the query rows of one block of them.
 struct Parts {
   int first_slot, count;
-  int first_token;
+  int first_token, first_row;
 };
 
 template <typename Element>
@@ -100,6 +99,7 @@ class Combiner {
         barrier(barrier),
         thread(threadIdx.x % kCombineThreads),
         lane(threadIdx.x % kTeamThreads),
+        first_partial_row(partial_row(params, parts.first_slot, blockIdx.y)),
         stride(params.row_blocks * params.block_rows) {}
 
   // Units first to last (not included).
@@ -164,7 +164,7 @@ class Combiner {
     static_assert(kTeams % kRowUnits == 0);
     int first_row[kUnits];
 #pragma unroll
-    for (int u = 0; u < kUnits; ++u) first_row[u] = partial_row_of(min(unit + u * kTeams, last - 1));
+    for (int u = 0; u < kUnits; ++u) first_row[u] = first_partial_row + min(unit + u * kTeams, last - 1) / kRowUnits;
 #pragma unroll 1
     for (; part < parts.count; part += kParts * step) {
       float peaks[kUnits][kParts];
@@ -195,15 +195,9 @@ class Combiner {
     }
   }
 
-  // Of a unit's row, in the first part.
-  __device__ __forceinline__ int partial_row_of(int unit) const {
-    const int row = unit / kRowUnits, row_block = params.row_blocks == 1 ? 0 : row / params.block_rows;
-    return partial_row(params, parts.first_slot, row_block) + row - row_block * params.block_rows;
-  }
-
   __device__ __forceinline__ void store(int unit, PartialSum& sum) const {
     // Of sixteen columns a thread has two neighbours and, between these, those eight further on.
-    const int row = unit / kRowUnits, column = unit % kRowUnits * kUnitColumns + lane / 4 * 16 + lane % 4 * 2;
+    const int row = parts.first_row + unit / kRowUnits, column = unit % kRowUnits * kUnitColumns + lane / 4 * 16 + lane % 4 * 2;
     const int query = query_of_row(params, row), token = parts.first_token + query, head = row - query * params.heads;
     if (column == 0 && params.lse != nullptr) {
       output_lse(params, token, head) = sum.total > 0 ? (sum.peak + ptx::log2(sum.total)) * kLn2 : -INFINITY;
@@ -220,6 +214,7 @@ class Combiner {
   const int barrier;
   const int thread;  // of the warpgroup
   const int lane;    // of the team
+  const int first_partial_row;  // of the first part
   const int stride;  // from a part to the next, in rows
 };
 
@@ -289,9 +284,10 @@ __device__ __forceinline__ void combine_split(const DecodeParams& params, const 
 #pragma unroll 1
   for (int i = 0; i < split.count; ++i) {
     const Piece piece = split.piece[i];  // all that can be known before the wait
-    const Parts parts = {piece.slot - piece.part, piece.parts, piece.first_token};
+    const int first_row = blockIdx.y * params.block_rows, rows = min(params.block_rows, piece.rows(params) - first_row);
+    const Parts parts = {piece.slot - piece.part, piece.parts, piece.first_token, first_row};
     const Combiner<Element> combiner(params, parts, sums, barrier);
-    const int units = piece.rows(params) * kRowUnits, groups = parts.count * kGroups;
+    const int units = rows * kRowUnits, groups = parts.count * kGroups;
     const int group_units = divide(units + groups - 1, groups);
     int part = piece.part, first = (part * kGroups + group) * group_units;
     const bool all = all_combine<kGroups>(params, piece, barrier);
@@ -303,45 +299,6 @@ __device__ __forceinline__ void combine_split(const DecodeParams& params, const 
       first += kGroups * group_units;
       ptx::named_barrier_sync<128>(barrier);  // the sums are used again
     }
-  }
-}
-
-// The units of a part's request that its thread blocks combine, as many for each part as for any other.
-struct Job {
-  Parts parts = {};
-  int first_unit = 0, last_unit = 0;
-
-  // The first part of a worker's share or its last.
-  __device__ __forceinline__ Job(const DecodeParams& params, const Share& share, bool last) {
-    parts.count = share.first_completes ? 0 : last ? share.last_parts : share.parts;
-    if (parts.count == 0) return;
-    const int request = last ? share.last_request : share.request, part = last ? 0 : share.part;
-    parts.first_slot = last ? share.slot + (share.parts > 0) : share.slot - part;
-    parts.first_token = params.query_start_loc[request];
-    const int units = (params.query_start_loc[request + 1] - parts.first_token) * params.heads * kRowUnits;
-    const int blocks = parts.count * gridDim.y, block = part * gridDim.y + blockIdx.y;
-    const int units_of_block = divide(units + blocks - 1, blocks);
-    first_unit = block * units_of_block, last_unit = min(first_unit + units_of_block, units);
-  }
-};
-
-// Thread blocks [workers, any number].
-template <typename Element>
-__global__ void __launch_bounds__(kCombineThreads, 4) combine_kernel(const __grid_constant__ DecodeParams params) {
-  // Everything up to the wait, before parts are read, depends on the schedule only. That is there: the decode kernel itself
-  // starts when all before it is done.
-  const Share share = params.shares[blockIdx.x];
-  Job job(params, share, share.parts == 0);
-  if (threadIdx.x / 32 == kCombineWarps - 1) clear_rows<Element>(params);
-  // Those without a part, too, or the next kernel might start when this one is done and the decode kernel is not.
-  ptx::wait_for_previous_kernel();
-  __shared__ PartialSum sums[kCombineWarps][kTeamThreads];
-#pragma unroll 1
-  for (bool more = share.parts > 0 && share.last_parts > 0 && !share.first_completes;; more = false) {
-    Combiner<Element>(params, job.parts, sums, 0).combine(job.first_unit, job.last_unit);
-    if (!more) break;
-    job = Job(params, share, true);
-    __syncthreads();  // the sums are used again
   }
 }
 

@@ -449,7 +449,7 @@ __global__ void __launch_bounds__(NarrowRegisters<kN>::kThreads, 1)
       },
       [&] {
         bring_queries(
-            params, pieces, shared.queries, shared.work, &shared.split, params.block_rows * kHeadDim * sizeof(Element),
+            params, pieces, shared.queries, shared.work, shared.split, params.block_rows * kHeadDim * sizeof(Element),
             [&](int stage, int token) {
               const int block = threadIdx.x % 32;
               if (block < kColumnBlocks) {

@@ -14,7 +14,7 @@
 // then they add up their results at the end. While one computes a softmax, the other keeps the tensor cores busy.
 #pragma once
 
-#include "tile.cuh"
+#include "combine.cuh"
 
 namespace mla_backend::sm90 {
 
@@ -45,6 +45,7 @@ struct alignas(1024) WideShared {
   float2 exchanged[2][128];
   uint64_t scores_full[2][2], probabilities_full[2][2], exchanged_full[2], met;
   Piece work[2];
+  SplitPieces split;
   Pipeline<kStages> tiles;
   Pipeline<1> queries;
 };
@@ -99,6 +100,9 @@ class WideConsumer {
       if (kSharesRows) tiles_done += tiles;
     }
     if (!kSharesRows && group == 0) take_turn();  // the last one given
+    // What they add up goes where this warpgroup's scores were: all that have been sent are there.
+    combine_split<Element, kGroups>(params, shared.split, rank * 2 + group, kGroupBarrier + group,
+                                    reinterpret_cast<PartialSum(*)[kTeamThreads]>(shared.scores[group]));
   }
 
  private:
@@ -459,7 +463,7 @@ class WideConsumer {
         const int row = first_row() + own_row + 8 * i;
         if (has_lse && row < results.last_row) results.store_partial_lse(row, log2_sum[i]);
       }
-      if (results.first_completes) results.announce(kGroupBarrier + group);
+      results.announce(kGroupBarrier + group);
     }
     asm volatile("" : "+r"(complete));
     if (complete) {
@@ -602,7 +606,6 @@ __global__ void __cluster_dims__(2) __launch_bounds__(kThreads, 1)
   Pieces pieces(params);
   if (brings_something()) pieces.find(blockIdx.x / 2);
   ptx::cluster_sync();
-  ptx::let_next_kernel_start();
   const int rank = ptx::cluster_rank();
   run_roles<224, 56>(  // 168 for each of 384 threads
       [&](int warp) {
@@ -623,7 +626,7 @@ __global__ void __cluster_dims__(2) __launch_bounds__(kThreads, 1)
       },
       [&] {
         bring_queries(
-            params, pieces, shared.queries, shared.work, nullptr,
+            params, pieces, shared.queries, shared.work, shared.split,
             params.block_rows * (kBlockLatent + kBlockRope) * sizeof(Element),
             [&](int, int token) {
               const int block = threadIdx.x % 32;
@@ -649,7 +652,7 @@ __global__ void __cluster_dims__(2) __launch_bounds__(kThreads, 1)
                   [&](int row, int chunk) { return ptx::shared_address(shared.query.rope) + swizzled_64(row, chunk); });
             });
       },
-      [&] { WideConsumer<Element, kRows>(params, shared).run(); }, [] {});
+      [&] { WideConsumer<Element, kRows>(params, shared).run(); }, [&] { clear_rows<Element>(params); });
   ptx::cluster_sync();  // until then the other block may still store into this one
 }
 

@@ -6,8 +6,8 @@
 // the last can be a part of their request, so that there are at most two partial results for each worker. Those of a request
 // follow each other in the order of its tiles. A share that would begin just after a request's beginning begins with the request.
 // Where no request has more than a few parts, the worker with the first one completes it: its share ends with that, and the next
-// one begins with the next, so that the others are there, or nearly so. Else all workers or the combine kernel add them up, at
-// the same time: also if requests of equal length have equally many workers, as their parts come at the same time.
+// one begins with the next, so that the others are there, or nearly so. Else all workers add them up, at the same time:
+// also if requests of equal length have equally many workers, as their parts come at the same time.
 //
 // Requests of equal length get equally many workers each, unless too many would be idle: to leave a few idle costs less than to let
 // most of them begin anew in the middle of their share. And no request is split where that would save less time than it takes to
@@ -123,8 +123,7 @@ __global__ void __launch_bounds__(kPlanThreads) plan_kernel(PlanParams params, S
     const int parts = equal ? sharing / max(1, begun) : 0, part = parts > 0 ? (longest + parts - 1) / parts : 0;
     const bool evenly = parts > 0 && part <= all_tiles / sharing + params.uneven_cost;
     const Division splitting(evenly ? all_tiles : division.total, sharing);
-    // Shares that begin anywhere begin with a part and end with another one. Where multiprocessors are idle, blocks of the combine
-    // kernel have looked up their work when the parts are there.
+    // Shares that begin anywhere begin with a part and end with another one. Where multiprocessors are idle, parts cost less.
     int split_cost = evenly ? params.split_cost : 2 * params.split_cost;
     const int busy = evenly ? parts * begun : sharing;
     if (busy <= params.workers / 2) split_cost = max(1, params.split_cost / 3);

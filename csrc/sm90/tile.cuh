@@ -157,19 +157,19 @@ constexpr uint32_t kAllStarted = 1 << 20;
 // piece is; after the last a piece without tiles. `load(stage, token)` starts the copies of the block that begins with this
 // query token, `bytes` in all, each by a lane of its own; `copy(stage, piece)` does the same without the copy engine, and all lanes
 // write. So all arrive at the barrier. Rows past the request's are whatever lies there, and nobody looks at what becomes of them.
-// Where the decode kernel combines parts itself, `split` gets those that are not left to the first worker; else it is null.
+// `split` gets the pieces that are parts of requests which all of their workers combine.
 template <typename Pipeline, typename Load, typename Copy>
-__device__ void bring_queries(const DecodeParams& params, Pieces& pieces, Pipeline& pipeline, Piece* work, SplitPieces* split,
+__device__ void bring_queries(const DecodeParams& params, Pieces& pieces, Pipeline& pipeline, Piece* work, SplitPieces& split,
                               int bytes, Load load, Copy copy) {
   const int lane = threadIdx.x % 32;
   int number = 0, split_pieces = 0;
   Piece piece;
   // Before this worker's own parts can be counted.
-  if (split != nullptr && lane == 0 && pieces.begins_combined()) ptx::set_zero_to(arrivals(params, pieces.number()), kAllStarted);
+  if (lane == 0 && pieces.begins_combined()) ptx::set_zero_to(arrivals(params, pieces.number()), kAllStarted);
   while (pieces.take(piece)) {
     pieces.find_queries(piece);
     const int first_row = blockIdx.y * params.block_rows;
-    const bool combined = split != nullptr && piece.parts > 0 && !piece.first_completes;
+    const bool combined = piece.parts > 0 && !piece.first_completes;
     if (first_row >= piece.rows(params)) {
       if (combined && piece.part == 0 && lane == 0) *arrivals(params, pieces.number()) = 0;  // as nobody will
       continue;
@@ -178,7 +178,7 @@ __device__ void bring_queries(const DecodeParams& params, Pieces& pieces, Pipeli
     pipeline.wait_empty(number);
     if (lane == 0) work[number & 1] = piece;
     if (combined) {
-      if (lane == 0) split->piece[split_pieces] = piece;
+      if (lane == 0) split.piece[split_pieces] = piece;
       ++split_pieces;
     }
     if (params.queries_are_vectors) {
@@ -197,7 +197,7 @@ __device__ void bring_queries(const DecodeParams& params, Pieces& pieces, Pipeli
   }
   pipeline.wait_empty(number);
   if (lane == 0) work[number & 1] = {};
-  if (lane == 0 && split != nullptr) split->count = split_pieces;
+  if (lane == 0) split.count = split_pieces;
   ptx::mbarrier_arrive(&pipeline.full[pipeline.stage(number)]);
 }
 

@@ -218,7 +218,7 @@ MANY_PARTS = ([9000], [4096] * 8, [2000] * 33, [4641, 45118, 1730, 1696], [70, 3
 @pytest.mark.parametrize("seq_lens", MANY_PARTS, ids=str)
 @pytest.mark.parametrize(("heads", "queries"), [(8, 1), (16, 1), (16, 2), (64, 1), (128, 1)])
 def test_parts_of_many_workers(heads: int, queries: int, seq_lens: list[int]) -> None:
-    """With few rows all workers combine what they have found, with many rows the combine kernel does."""
+    """All workers of a request combine what they have found."""
     check_again_and_again(Step(seq_lens, [queries] * len(seq_lens), heads, deviation=1.0).arguments())
 
 

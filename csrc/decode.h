@@ -20,16 +20,18 @@ constexpr int64_t max_pages(int64_t page_size) { return (int64_t{1} << 32) * kLe
 constexpr int kPartialRows = 64;  // query rows (token and head) that there is room for in a partial result, per multiprocessor
 
 // A worker's share of a step, as the schedule gives it: `tiles` tiles, beginning with tile `first_tile` of request `request`
-// and going on with the next requests'.
+// and going on with the next requests'. Or that of a helper, which has no tiles and combines what others find.
 struct alignas(16) Share {
   int32_t request, first_tile, tiles;
   int32_t slot;           // of its first partial result; a second one has the next
   int32_t seq_len;        // of the request that it begins with
   int32_t last_request;   // that it ends with, if that has its first part here
-  int16_t part, parts;    // which one it has of so many parts of the request that it begins with; 0 parts if it has all of it
+  // Which one it has of so many parts of the request that it begins with; 0 parts if it has all of it. Helpers count on from there.
+  int16_t part, parts;
   int16_t last_parts;     // of the request that it ends with, 0 if it has all of it or begins with it
-  int8_t step_is_small;    // whether all shares together have less than kSmallStep tiles
-  int8_t first_completes;  // whether all that are split are completed by the worker with their first part
+  uint16_t step_is_small : 1;    // whether all shares together have less than kSmallStep tiles
+  uint16_t first_completes : 1;  // whether all that are split are completed by the worker with their first part
+  uint16_t helpers : 14;         // of the request that it begins with
 };
 constexpr int kSmallStep = 3072;  // 226 MB, four times what the L2 cache holds: with more it gained nothing or lost
 constexpr int kShareNumbers = sizeof(Share) / sizeof(int32_t);
@@ -72,8 +74,8 @@ struct DecodeParams {
   // 0, 8, 1, 9 and so on. The tensor cores leave columns eight apart to a thread, which so stores twice as many at a time.
   float* partial_out;
   float* partial_lse;
-  // [workers, row_blocks], by the share with a request's first part: how many warpgroups have stored a part of it or have seen that
-  // all are there. After the last one it is 0 again.
+  // [workers, row_blocks], by half of the slot of a request's first part: how many warpgroups have stored a part of it or have seen
+  // that all are there. After the last one it is 0 again.
   uint32_t* arrivals;
 };
 

@@ -250,34 +250,37 @@ __device__ __forceinline__ void clear_rows(const DecodeParams& params) {
   }
 }
 
-// Whether all workers of a part's request combine it, and then wait for all parts. Else the one with the first part does, for whom
-// this waits, too. Called by each of a worker's kGroups warpgroups, when it has stored its parts.
+// Whether all workers with a part of a request combine it, and then wait for all parts. Else the one with the first part does their
+// work, for whom this waits, too. Helpers wait always. Called by each of a worker's kGroups warpgroups, when it has stored its parts.
 //
 // To wait for others is safe only if they are at work, or two decode kernels at the same time could each keep the other's thread
-// blocks from starting. The worker with the first part is the last one to start, so all of them are if it has. It says so when it
-// starts, by what the counter begins with, unless somebody has counted before; so all take the counter to mean the same.
+// blocks from starting. The worker with the first part is the last one to start, so all of them are if it has, and helpers start
+// after it. It says so when it starts, by what the counter begins with, unless somebody has counted before; so all take the counter
+// to mean the same.
 template <int kGroups>
 __device__ __forceinline__ bool all_combine(const DecodeParams& params, const Piece& piece, int barrier) {
   bool all = false;
   if (threadIdx.x % 128 == 0) {
-    uint32_t* const counter = arrivals(params, piece.first_share);
+    uint32_t* const counter = arrivals(params, piece.first_slot());
+    const bool waits = piece.part == 0 || piece.part >= piece.parts;
     const uint32_t stored = kGroups * piece.parts;
     uint32_t count;
     do {
       count = ptx::load_acquire(counter);
       all = count >= kAllStarted;
-    } while (all ? count < kAllStarted + stored : piece.part == 0 && count < stored);
+    } while (all ? count < kAllStarted + stored : waits && count < stored);
     // Whoever has seen that all are there counts, too, and the last of these sets the counter to 0.
     if (all) {
-      ptx::count(counter, kAllStarted + 2 * stored - 1);
-    } else if (piece.part == 0) {
-      ptx::count(counter, stored + kGroups - 1);
+      ptx::count(counter, kAllStarted + 2 * stored + kGroups * piece.helpers - 1);
+    } else if (waits) {
+      ptx::count(counter, stored + kGroups * (1 + piece.helpers) - 1);
     }
   }
   return ptx::uniform(ptx::named_barrier_any<128>(barrier, all));
 }
 
-// Combine, with the others who have a part, the requests of this worker's parts. Called by each of its kGroups warpgroups.
+// Combine, with the others who have a part and with helpers, the requests of this worker's parts. Called by each of its kGroups
+// warpgroups.
 template <typename Element, int kGroups>
 __device__ __forceinline__ void combine_split(const DecodeParams& params, const SplitPieces& split, int group, int barrier,
                                               PartialSum (*sums)[kTeamThreads]) {
@@ -285,17 +288,17 @@ __device__ __forceinline__ void combine_split(const DecodeParams& params, const 
   for (int i = 0; i < split.count; ++i) {
     const Piece piece = split.piece[i];  // all that can be known before the wait
     const int first_row = blockIdx.y * params.block_rows, rows = min(params.block_rows, piece.rows(params) - first_row);
-    const Parts parts = {piece.slot - piece.part, piece.parts, piece.first_token, first_row};
+    const Parts parts = {piece.first_slot(), piece.parts, piece.first_token, first_row};
     const Combiner<Element> combiner(params, parts, sums, barrier);
-    const int units = rows * kRowUnits, groups = parts.count * kGroups;
+    const int units = rows * kRowUnits, groups = (parts.count + piece.helpers) * kGroups;
     const int group_units = divide(units + groups - 1, groups);
     int part = piece.part, first = (part * kGroups + group) * group_units;
     const bool all = all_combine<kGroups>(params, piece, barrier);
-    if (!all && part > 0) continue;
+    if (!all && part > 0 && part < parts.count) continue;
 #pragma unroll 1
     for (;;) {
       combiner.combine(first, min(first + group_units, units));
-      if (all || ++part == parts.count) break;
+      if (all || ++part >= parts.count) break;
       first += kGroups * group_units;
       ptx::named_barrier_sync<128>(barrier);  // the sums are used again
     }

@@ -7,7 +7,8 @@
 // follow each other in the order of its tiles. A share that would begin just after a request's beginning begins with the request.
 // Where no request has more than a few parts, the worker with the first one completes it: its share ends with that, and the next
 // one begins with the next, so that the others are there, or nearly so. Else all workers add them up, at the same time:
-// also if requests of equal length have equally many workers, as their parts come at the same time.
+// also if requests of equal length have equally many workers, as their parts come at the same time. Workers that are left over then
+// help with that.
 //
 // Requests of equal length get equally many workers each, unless too many would be idle: to leave a few idle costs less than to let
 // most of them begin anew in the middle of their share. And no request is split where that would save less time than it takes to
@@ -126,7 +127,7 @@ __global__ void __launch_bounds__(kPlanThreads) plan_kernel(PlanParams params, S
     // Shares that begin anywhere begin with a part and end with another one. Where multiprocessors are idle, parts cost less.
     int split_cost = evenly ? params.split_cost : 2 * params.split_cost;
     const int busy = evenly ? parts * begun : sharing;
-    if (busy <= params.workers / 2) split_cost = max(1, params.split_cost / 3);
+    if (busy <= params.workers / 4) split_cost = max(1, params.split_cost / 3);
     whole = longest_whole_share <= (evenly ? part : splitting.quotient) + split_cost + begin_cost;
     if (!whole) {
       division = splitting, workers = busy;
@@ -195,6 +196,17 @@ __global__ void __launch_bounds__(kPlanThreads) plan_kernel(PlanParams params, S
       }
     }
     if (share.tiles == 0) share = {};
+    if (division.parts > 1) {
+      const int helpers = (params.workers - workers) / begun, helper = thread - workers;
+      share.helpers = helpers;
+      if (helper >= 0 && helper < helpers * begun) {
+        const int request = helper % begun;
+        const Beginning first = beginnings[request * division.parts];
+        share.request = first.request;
+        share.part = division.parts + helper / begun, share.parts = division.parts;
+        share.slot = first.slot + share.part;
+      }
+    }
   }
   share.step_is_small = all_tiles < kSmallStep;
   share.first_completes = division.parts == 0 && most_parts <= params.most_parts;

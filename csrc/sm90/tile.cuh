@@ -145,9 +145,9 @@ __device__ void copy_rows(const DecodeParams& params, const Element* from, int64
   }
 }
 
-// The counter of a request's parts, by the number of the share with the first one.
-__device__ __forceinline__ uint32_t* arrivals(const DecodeParams& params, int first_share) {
-  return params.arrivals + first_share * params.row_blocks + blockIdx.y;
+// The counter of a request's parts. First ones are two slots or more apart.
+__device__ __forceinline__ uint32_t* arrivals(const DecodeParams& params, int first_slot) {
+  return params.arrivals + first_slot / 2 * params.row_blocks + blockIdx.y;
 }
 
 // What a counter begins with if the worker with a request's first part had started when nobody had stored a part yet.
@@ -165,19 +165,18 @@ __device__ void bring_queries(const DecodeParams& params, Pieces& pieces, Pipeli
   int number = 0, split_pieces = 0;
   Piece piece;
   // Before this worker's own parts can be counted.
-  if (lane == 0 && pieces.begins_combined()) ptx::set_zero_to(arrivals(params, pieces.number()), kAllStarted);
+  if (lane == 0 && pieces.begins_combined()) ptx::set_zero_to(arrivals(params, pieces.begun_slot()), kAllStarted);
   while (pieces.take(piece)) {
     pieces.find_queries(piece);
     const int first_row = blockIdx.y * params.block_rows;
-    const bool combined = piece.parts > 0 && !piece.first_completes;
     if (first_row >= piece.rows(params)) {
-      if (combined && piece.part == 0 && lane == 0) *arrivals(params, pieces.number()) = 0;  // as nobody will
+      if (piece.combined() && piece.part == 0 && lane == 0) *arrivals(params, piece.slot) = 0;  // as nobody will
       continue;
     }
     const int stage = pipeline.stage(number);
     pipeline.wait_empty(number);
     if (lane == 0) work[number & 1] = piece;
-    if (combined) {
+    if (piece.combined()) {
       if (lane == 0) split.piece[split_pieces] = piece;
       ++split_pieces;
     }
@@ -194,6 +193,11 @@ __device__ void bring_queries(const DecodeParams& params, Pieces& pieces, Pipeli
       ptx::mbarrier_arrive(&pipeline.full[stage]);
     }
     ++number;
+  }
+  if (pieces.take_helped(piece)) {
+    pieces.find_queries(piece);
+    if (lane == 0) split.piece[0] = piece;
+    split_pieces = static_cast<int>(blockIdx.y) * params.block_rows < piece.rows(params);
   }
   pipeline.wait_empty(number);
   if (lane == 0) work[number & 1] = {};
@@ -228,7 +232,7 @@ struct Rows {
   bool complete;  // they are, or will be when the other parts are added, the output
   int parts;      // of the request, 0 if this is all of it
   bool first_completes;
-  int first_share;  // the number of the share with the request's first part
+  int first_slot;  // of the request's first part
   int first_token;
   int first_row, last_row;  // of this block's rows, and past them
   int first_partial_row;
@@ -238,7 +242,7 @@ struct Rows {
         complete(piece.completes()),
         parts(piece.parts),
         first_completes(piece.first_completes),
-        first_share(piece.first_share),
+        first_slot(piece.first_slot()),
         first_token(piece.first_token),
         first_row(row_block * params.block_rows),
         last_row(min(first_row + params.block_rows, piece.rows(params))),
@@ -258,7 +262,7 @@ struct Rows {
   // Of a part that is stored: tell those who wait for it. Called by each of a worker's mathematics warpgroups.
   __device__ __forceinline__ void announce(int barrier) const {
     ptx::named_barrier_sync<128>(barrier);
-    if (threadIdx.x % 128 == 0) ptx::count_release(arrivals(params, first_share));
+    if (threadIdx.x % 128 == 0) ptx::count_release(arrivals(params, first_slot));
   }
 
   // Of what will be the output: whether there are other parts to be added, which then are there. A worker has kGroups warpgroups.
@@ -266,7 +270,7 @@ struct Rows {
   __device__ __forceinline__ bool wait_for_others(int barrier) const {
     if (parts == 0) return false;
     if (threadIdx.x % 128 == 0) {
-      uint32_t* const counter = arrivals(params, first_share);
+      uint32_t* const counter = arrivals(params, first_slot);
       while (ptx::load_acquire(counter) < kGroups * (parts - 1)) continue;
       ptx::count(counter, kGroups * parts - 1);
     }

@@ -11,18 +11,22 @@ struct Piece {
   int first_tile, last_tile;
   int slot;         // of its partial result; negative if it is all of the request
   int part, parts;  // which one it is of so many parts of the request; 0 parts if it is all of it
-  int first_share;  // the number of the share with the first part
-  bool first_completes;  // whether the worker of that share adds the other parts
+  int helpers;      // that combine the request's parts and have none
+  bool first_completes;  // whether the worker with the first part adds the others
   int seq_len;
   int first_token, queries;  // of the request
 
   __device__ int tiles() const { return last_tile - first_tile; }
+  __device__ int first_slot() const { return slot - part; }
   // Whether its results are the output: it is all of the request, or the first part and adds the others.
   __device__ bool completes() const { return parts == 0 || (first_completes && part == 0); }
+  // Whether all who have a part of the request combine it.
+  __device__ bool combined() const { return parts > 0 && !first_completes; }
   __device__ int rows(const DecodeParams& params) const { return queries * params.heads; }
 };
 
-// The pieces of a share that are parts of requests which all of their workers combine: the first one and the last one, at most.
+// The pieces of a share that are parts of requests which all of their workers combine: the first one and the last one, at most. Or
+// the request that a helper combines.
 struct SplitPieces {
   Piece piece[2];
   int count;
@@ -44,8 +48,8 @@ class Pieces {
 
   // Look up where share number `share` begins.
   __device__ void find(int share) {
-    number_ = share, share_ = params_.shares[share];
-    if (share_.tiles > 0) look_ahead();  // else there may be no request at all
+    share_ = params_.shares[share];
+    if (share_.tiles > 0 || share_.parts > 0) look_ahead();  // else there may be no request at all
   }
 
   // Whether the step reads each tile once and not many of them, so that the L2 cache had better keep what it has.
@@ -62,23 +66,27 @@ class Pieces {
     const int request_tiles = (share_.seq_len - 1) / kTileTokens + 1;
     const int last_tile = min(request_tiles, share_.first_tile + share_.tiles);
     const bool whole = share_.first_tile == 0 && last_tile == request_tiles;
-    // The share's first piece, if it is a part at all, is number `part` of `parts`, the last one the first of `last_parts`. Shares
-    // of earlier tiles come later, so that of a request's first part so many places.
+    // The share's first piece, if it is a part at all, is number `part` of `parts`, the last one the first of `last_parts`.
     const int parts = share_.parts > 0 ? share_.parts : whole ? 0 : share_.last_parts;
     piece = {share_.request, share_.first_tile, last_tile, whole ? -1 : share_.slot++, share_.part, parts,
-             number_ + share_.part, share_.first_completes != 0, share_.seq_len, 0, 0};
+             share_.helpers, share_.first_completes != 0, share_.seq_len, 0, 0};
     share_.part = share_.parts = 0;
     share_.tiles -= piece.tiles();
     share_.first_tile = share_.seq_len = 0;
     return true;
   }
 
-  // Before any piece is taken: whether this worker has the first part of a request that all of its workers combine.
+  // Of a helper: the request that it combines, but for its queries.
+  __device__ bool take_helped(Piece& piece) const {
+    piece = {share_.request, 0, 0, share_.slot, share_.part, share_.parts, share_.helpers, false, 0, 0, 0};
+    return share_.parts > 0;
+  }
+
+  // Before any piece is taken: whether this worker has the first part of a request that all of its workers combine, and its slot.
   __device__ bool begins_combined() const {
     return !share_.first_completes && (share_.last_parts > 0 || (share_.parts > 0 && share_.part == 0));
   }
-
-  __device__ int number() const { return number_; }
+  __device__ int begun_slot() const { return share_.slot + (share_.last_parts > 0 && share_.parts > 0); }
 
   // Where the queries of the piece that was taken last lie. Asked for later, because the lengths of requests come from memory,
   // and whoever brings tiles asks there for page numbers first.
@@ -96,7 +104,6 @@ class Pieces {
   }
 
   const DecodeParams& params_;
-  int number_;        // of the share
   Share share_ = {};  // what is left of it
   int ahead_;         // the lanes hold the lengths of this request and the 31 after it
   int seq_len_, first_token_, end_token_;

@@ -188,7 +188,7 @@ def uneven(seed: int, heads: int, queries: int) -> dict[str, Any]:
     lengths = [rng.randint(1, 3000) for _ in range(150)]
     arguments = Step(lengths, [queries] * 150, heads, deviation=1.0, seed=seed).arguments()
     schedule = arguments["schedule"]
-    assert schedule.shares[0, 7] >> 24 == 1
+    assert schedule.shares[0, 7] >> 17 & 1 == 1
     assert schedule.splits[-1] > 0
     return arguments
 

@@ -62,7 +62,7 @@ def check_balance(shares: list[list[int]], tiles: list[int], most_parts: int, qu
         assert len(given) == parts * begun
         assert max(given) == part
         return True
-    if (parts * begun if evenly else workers) <= len(shares) // 2:
+    if (parts * begun if evenly else workers) <= len(shares) // 4:
         split_cost = max(1, split_cost // 3)
     elif not evenly:
         split_cost *= 2
@@ -73,6 +73,27 @@ def check_balance(shares: list[list[int]], tiles: list[int], most_parts: int, qu
     even_share = part if evenly else (total + begun * begin_cost) // workers
     assert max(costs) <= even_share + begin_cost + (1 if most_parts else split_cost)
     return False
+
+
+def check_helpers(shares: list[list[int]], tiles: list[int]) -> int:
+    """Every request that is combined has equally many helpers, numbered after its parts, with slots as if they had parts.
+
+    Returns how many.
+    """
+    numbers: dict[int, list[int]] = {}
+    counts = {share[7] >> 18 & 0x3FFF for share in shares if share[2] > 0 or share[6] > 0} or {0}
+    assert len(counts) == 1
+    first_slots = {share[0]: share[3] for share in shares if share[2] > 0 and share[6] > 0 and share[6] & 0xFFFF == 0}
+    parts_of = {share[0]: share[6] >> 16 for share in shares if share[2] > 0}
+    for request, _, count, slot, _, _, parts, _ in shares:
+        if count == 0 and parts > 0:
+            assert parts >> 16 == parts_of[request]
+            assert slot == first_slots[request] + (parts & 0xFFFF)
+            numbers.setdefault(request, []).append((parts & 0xFFFF) - parts_of[request])
+    helpers = counts.pop()
+    assert set(numbers) == ({request for request, count in enumerate(tiles) if count > 0} if helpers else set())
+    assert all(sorted(mine) == list(range(helpers)) for mine in numbers.values())
+    return helpers
 
 
 def lengths_of(rng: random.Random) -> list[int]:
@@ -111,16 +132,21 @@ def test_every_tile_is_given_once_and_evenly(heads: int, max_query_len: int, bat
                 else:
                     expected[worker][0], expected[worker][3] = request, len(parts)
         for share, (last_request, part, parts_of_first, last_parts) in zip(shares, expected, strict=True):
-            assert share[5:7] == [last_request, part | parts_of_first << 16]
-            assert share[7] & 0xFFFFFF == last_parts | (sum(tiles) < 3072) << 16
+            helps = share[2] == 0 and share[6] > 0
+            assert helps or share[5:7] == [last_request, part | parts_of_first << 16]
+            assert share[7] & 0x1FFFF == last_parts | (sum(tiles) < 3072) << 16
         assert slots <= 2 * len(shares)
 
         assert all(share[4] == seq_lens[share[0]] for share in shares if share[2])
+        helpers_of_requests = check_helpers(shares, tiles)
         if not batch_invariant:
             evenly = check_balance(shares, tiles, most_parts, heads * max_query_len)
             many_short = 32 < heads * max_query_len <= 64 and len(seq_lens) > 66 and max(seq_lens) <= 512
             first_completes = not evenly and most_parts <= (0 if many_short else 4)
-            assert not most_parts or all(share[7] >> 24 == first_completes for share in shares)
+            assert not most_parts or all(share[7] >> 17 & 1 == first_completes for share in shares)
+            begun = sum(count > 0 for count in tiles)
+            left = sum(share[2] == 0 for share in shares)
+            assert helpers_of_requests == (left // begun if most_parts and evenly else 0)
 
 
 def test_a_batch_invariant_share_is_a_run_of_requests_of_its_size() -> None:

@@ -76,7 +76,7 @@ def check_balance(shares: list[list[int]], tiles: list[int], most_parts: int, qu
 
 
 def check_helpers(shares: list[list[int]], tiles: list[int]) -> int:
-    """Every request that is combined has equally many helpers, numbered after its parts, with slots as if they had parts.
+    """Every request that is combined has equally many helpers, numbered after its parts, as are their slots.
 
     Returns how many.
     """

@@ -70,8 +70,14 @@ struct DecodeParams {
   int64_t lse_token_stride, lse_head_stride;
 
   // Results of requests that several workers share: [slots, row_blocks, block_rows, 512] normalised, and the base-2 logarithm
-  // of their denominators [slots, row_blocks, block_rows]. Of each sixteen columns the second eight lie between the first eight:
-  // 0, 8, 1, 9 and so on. The tensor cores leave columns eight apart to a thread, which so stores twice as many at a time.
+  // of their denominators [slots, row_blocks, block_rows]. Columns lie as the tensor cores leave them to threads, so that each stores
+  // sixteen bytes or, in the narrow kernels, eight at a time.
+  //
+  // Narrow kernels: of each sixteen columns the second eight lie between the first eight, 0, 8, 1, 9 and so on.
+  //
+  // Wide kernels, whose parts are large: float16 in the first half of a row, with as many significant bits as float16 has and three
+  // more than bfloat16; of each 32 columns first 0 and 1, 8 and 9, 16 and 17, 24 and 25, then 2 and 3 and so on. After them for each
+  // 128 columns the power of two they were divided by where float16's range would not do.
   float* partial_out;
   float* partial_lse;
   // [workers, row_blocks], by half of the slot of a request's first part: how many warpgroups have stored a part of it or have seen

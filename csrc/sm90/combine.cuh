@@ -6,11 +6,10 @@
 
 namespace mla_backend::sm90 {
 
-// The work of a warpgroup is cut into units of 32 columns of a query row. A team of eight threads reads a line of 128 bytes of each
-// of its parts.
+// The work of a warpgroup is cut into units of a query row's columns, of which a team of eight threads reads a line of 128 bytes of
+// each part.
 constexpr int kCombineThreads = 128, kCombineWarps = kCombineThreads / 32;
 constexpr int kTeamThreads = 8, kTeams = kCombineThreads / kTeamThreads;
-constexpr int kUnitColumns = 4 * kTeamThreads, kRowUnits = kLatentDim / kUnitColumns;
 
 // a / b, for a < 2^20 in a third of the instructions: these are cold in the caches when a kernel begins. (a + 1/2) / b is
 // 1 / 2b or more from any whole number, and its error less than that.
@@ -50,16 +49,59 @@ __device__ __forceinline__ void store_two(const DecodeParams& params, Element* t
   }
 }
 
-// A weighted sum of parts and the sum of their weights, both relative to 2^peak: an online softmax over parts.
-struct PartialSum {
+// What a thread reads of a part in 32 bits at a time: four columns of its team's 32, two neighbours and, between these, those eight
+// further on.
+struct Part32 {
+  static constexpr int kColumns = 4;
   float4 values = {};
+
+  __device__ __forceinline__ void load_if(bool exists, const float* row, int place) {
+    ptx::load_if(exists, values, reinterpret_cast<const float4*>(row) + place);
+  }
+
+  __device__ __forceinline__ void add_to(float (&sum)[kColumns], float weight) const {
+    sum[0] += weight * values.x, sum[1] += weight * values.z, sum[2] += weight * values.y, sum[3] += weight * values.w;
+  }
+
+  // Of the columns 2 * i and 2 * i + 1 of the thread at `place`.
+  __device__ static int column(int place, int i) { return place / 4 * 16 + i * 8 + place % 4 * 2; }
+};
+
+// In 16 bits: eight columns of 64, in pairs of neighbours.
+struct Part16 {
+  static constexpr int kColumns = 8;
+  float4 values = {};  // sixteen bytes
+  float scale = 0;
+
+  __device__ __forceinline__ void load_if(bool exists, const float* row, int place) {
+    ptx::load_if(exists, values, reinterpret_cast<const float4*>(row) + place);
+    ptx::load_if(exists, scale, half_scales(row) + place * kColumns / kScaleColumns);
+  }
+
+  __device__ __forceinline__ void add_to(float (&sum)[kColumns], float weight) const {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const float2 two = __half22float2(reinterpret_cast<const __half2(&)[4]>(values)[i]);
+      sum[i * 2] += weight * scale * two.x, sum[i * 2 + 1] += weight * scale * two.y;
+    }
+  }
+
+  __device__ static int column(int place, int i) { return place / 4 * 32 + i * 8 + place % 4 * 2; }
+};
+
+// A weighted sum of parts and the sum of their weights, both relative to 2^peak: an online softmax over parts.
+template <typename Part>
+struct PartialSum {
+  float values[Part::kColumns] = {};
   float total = 0, peak = -INFINITY;
 
   // A row that sees no token in any part has the peak -inf, and -inf - -inf would be NaN.
   __device__ __forceinline__ float weight(float part_peak) const { return ptx::exp2(part_peak - (peak == -INFINITY ? 0 : peak)); }
 
   __device__ __forceinline__ void rescale(float factor) {
-    values.x *= factor, values.y *= factor, values.z *= factor, values.w *= factor, total *= factor;
+#pragma unroll
+    for (int i = 0; i < Part::kColumns; ++i) values[i] *= factor;
+    total *= factor;
   }
 
   __device__ __forceinline__ void raise(float part_peak) {
@@ -68,19 +110,33 @@ struct PartialSum {
     rescale(weight(before));
   }
 
-  // Of the lanes whose numbers differ in the bit `offset`.
-  __device__ __forceinline__ void merge_lanes(int offset) {
-    const auto other = [=](float x) { return __shfl_xor_sync(~0u, x, offset); };
-    const PartialSum theirs = {{other(values.x), other(values.y), other(values.z), other(values.w)}, other(total), other(peak)};
-    raise(theirs.peak);
-    add(theirs.values, theirs.total, weight(theirs.peak));
+  __device__ __forceinline__ void add(const Part& part, float part_peak) {
+    const float factor = weight(part_peak);
+    part.add_to(values, factor), total += factor;
   }
 
-  __device__ __forceinline__ void add(float4 part, float part_total, float factor) {
-    values.x += factor * part.x, values.y += factor * part.y, values.z += factor * part.z, values.w += factor * part.w;
-    total += factor * part_total;
+  // What others have, whose peak is no greater.
+  __device__ __forceinline__ void add(const PartialSum& other) {
+    const float factor = weight(other.peak);
+#pragma unroll
+    for (int i = 0; i < Part::kColumns; ++i) values[i] += factor * other.values[i];
+    total += factor * other.total;
+  }
+
+  // Of the lanes whose numbers differ in the bit `offset`.
+  __device__ __forceinline__ void merge_lanes(int offset) {
+    PartialSum theirs;
+#pragma unroll
+    for (int i = 0; i < Part::kColumns; ++i) theirs.values[i] = __shfl_xor_sync(~0u, values[i], offset);
+    theirs.total = __shfl_xor_sync(~0u, total, offset), theirs.peak = __shfl_xor_sync(~0u, peak, offset);
+    raise(theirs.peak);
+    add(theirs);
   }
 };
+
+// Of a warpgroup, in shared memory: what its warps hand to each other.
+template <typename Part>
+using WarpSums = PartialSum<Part>[kCombineWarps][kTeamThreads];
 
 // The parts of a request that several workers shared, for the query rows of one block of them.
 struct Parts {
@@ -88,11 +144,13 @@ struct Parts {
   int first_token, first_row;
 };
 
-template <typename Element>
+template <typename Element, typename Part>
 class Combiner {
  public:
-  // `sums` is shared memory for [kCombineWarps] of them, and `barrier` a named barrier of the warpgroup.
-  __device__ __forceinline__ Combiner(const DecodeParams& params, const Parts& parts, PartialSum (*sums)[kTeamThreads], int barrier)
+  static constexpr int kRowUnits = kLatentDim / (kTeamThreads * Part::kColumns);
+
+  // `barrier` is a named barrier of the warpgroup.
+  __device__ __forceinline__ Combiner(const DecodeParams& params, const Parts& parts, WarpSums<Part>& sums, int barrier)
       : params(params),
         parts(parts),
         sums(sums),
@@ -119,7 +177,7 @@ class Combiner {
   template <int kUnits, int kParts>
   __device__ __forceinline__ void by_one_team_each(int first, int last) const {
     for (int unit = first + thread / kTeamThreads; unit < last; unit += kUnits * kTeams) {
-      PartialSum sum[kUnits];
+      PartialSum<Part> sum[kUnits];
       add<kUnits, kParts>(sum, unit, last, 0, 1);
 #pragma unroll
       for (int u = 0; u < kUnits; ++u) {
@@ -132,7 +190,7 @@ class Combiner {
   __device__ __forceinline__ void by_several_teams_each(int first, int last, int shift) const {
     const int team = thread / kTeamThreads, warp = thread / 32, own = first + (team >> shift);
     const int unit = min(own, last - 1), sharing = 1 << shift, part = team & sharing - 1;
-    PartialSum sum[1];
+    PartialSum<Part> sum[1];
     add<1, 9>(sum, unit, last, part, sharing);
     // First the teams of a warp, then the warps.
 #pragma unroll
@@ -150,8 +208,7 @@ class Combiner {
 #pragma unroll
       for (int w = 1; w < kCombineWarps; ++w) {
         if (w >= warps) break;
-        const PartialSum& theirs = sums[warp + w][lane];
-        sum[0].add(theirs.values, theirs.total, sum[0].weight(theirs.peak));
+        sum[0].add(sums[warp + w][lane]);
       }
     }
     if (part == 0 && own < last) store(unit, sum[0]);
@@ -159,8 +216,8 @@ class Combiner {
 
   // Add every `step`-th part from `part` on, of `kUnits` units. All that is read at a time is asked for before any is looked at.
   template <int kUnits, int kParts>
-  __device__ __forceinline__ void add(PartialSum (&sum)[kUnits], int unit, int last, int part, int step) const {
-    const int column = unit % kRowUnits * kTeamThreads + lane;  // in fours; units of a team are whole rows apart
+  __device__ __forceinline__ void add(PartialSum<Part> (&sum)[kUnits], int unit, int last, int part, int step) const {
+    const int place = unit % kRowUnits * kTeamThreads + lane;  // in the row; units of a team are whole rows apart
     static_assert(kTeams % kRowUnits == 0);
     int first_row[kUnits];
 #pragma unroll
@@ -168,17 +225,16 @@ class Combiner {
 #pragma unroll 1
     for (; part < parts.count; part += kParts * step) {
       float peaks[kUnits][kParts];
-      float4 values[kUnits][kParts];
+      Part read[kUnits][kParts];
 #pragma unroll
       for (int u = 0; u < kUnits; ++u) {
 #pragma unroll
         for (int p = 0; p < kParts; ++p) {
           const int row = first_row[u] + (part + p * step) * stride;
           const bool exists = part + p * step < parts.count;
-          peaks[u][p] = -INFINITY, values[u][p] = {};
+          peaks[u][p] = -INFINITY;
           ptx::load_if(exists, peaks[u][p], params.partial_lse + row);
-          ptx::load_if(exists, values[u][p],
-                       reinterpret_cast<const float4*>(params.partial_out) + row * (kLatentDim / 4) + column);
+          read[u][p].load_if(exists, params.partial_out + int64_t{row} * kLatentDim, place);
         }
       }
 #pragma unroll
@@ -188,29 +244,28 @@ class Combiner {
         for (int p = 1; p < kParts; ++p) peak = fmaxf(peak, peaks[u][p]);
         sum[u].raise(peak);
 #pragma unroll
-        for (int p = 0; p < kParts; ++p) {
-          sum[u].add(values[u][p], 1, sum[u].weight(peaks[u][p]));
-        }
+        for (int p = 0; p < kParts; ++p) sum[u].add(read[u][p], peaks[u][p]);
       }
     }
   }
 
-  __device__ __forceinline__ void store(int unit, PartialSum& sum) const {
-    // Of sixteen columns a thread has two neighbours and, between these, those eight further on.
-    const int row = parts.first_row + unit / kRowUnits, column = unit % kRowUnits * kUnitColumns + lane / 4 * 16 + lane % 4 * 2;
+  __device__ __forceinline__ void store(int unit, PartialSum<Part>& sum) const {
+    const int row = parts.first_row + unit / kRowUnits, place = unit % kRowUnits * kTeamThreads + lane;
     const int query = query_of_row(params, row), token = parts.first_token + query, head = row - query * params.heads;
-    if (column == 0 && params.lse != nullptr) {
+    if (place == 0 && params.lse != nullptr) {
       output_lse(params, token, head) = sum.total > 0 ? (sum.peak + ptx::log2(sum.total)) * kLn2 : -INFINITY;
     }
     sum.rescale(sum.total > 0 ? ptx::reciprocal(sum.total) : 0);
-    Element* to = output_row<Element>(params, token, head) + column;
-    store_two(params, to, sum.values.x, sum.values.z);
-    store_two(params, to + 8, sum.values.y, sum.values.w);
+    Element* to = output_row<Element>(params, token, head);
+#pragma unroll
+    for (int i = 0; i < Part::kColumns / 2; ++i) {
+      store_two(params, to + Part::column(place, i), sum.values[i * 2], sum.values[i * 2 + 1]);
+    }
   }
 
   const DecodeParams& params;
   const Parts& parts;
-  PartialSum (*const sums)[kTeamThreads];
+  WarpSums<Part>& sums;
   const int barrier;
   const int thread;  // of the warpgroup
   const int lane;    // of the team
@@ -281,16 +336,16 @@ __device__ __forceinline__ bool all_combine(const DecodeParams& params, const Pi
 
 // Combine, with the others who have a part and with helpers, the requests of this worker's parts. Called by each of its kGroups
 // warpgroups.
-template <typename Element, int kGroups>
+template <typename Element, typename Part, int kGroups>
 __device__ __forceinline__ void combine_split(const DecodeParams& params, const SplitPieces& split, int group, int barrier,
-                                              PartialSum (*sums)[kTeamThreads]) {
+                                              WarpSums<Part>& sums) {
 #pragma unroll 1
   for (int i = 0; i < split.count; ++i) {
     const Piece piece = split.piece[i];  // all that can be known before the wait
     const int first_row = blockIdx.y * params.block_rows, rows = min(params.block_rows, piece.rows(params) - first_row);
     const Parts parts = {piece.first_slot(), piece.parts, piece.first_token, first_row};
-    const Combiner<Element> combiner(params, parts, sums, barrier);
-    const int units = rows * kRowUnits, groups = (parts.count + piece.helpers) * kGroups;
+    const Combiner<Element, Part> combiner(params, parts, sums, barrier);
+    const int units = rows * combiner.kRowUnits, groups = (parts.count + piece.helpers) * kGroups;
     const int group_units = divide(units + groups - 1, groups);
     int part = piece.part, first = (part * kGroups + group) * group_units;
     const bool all = all_combine<kGroups>(params, piece, barrier);

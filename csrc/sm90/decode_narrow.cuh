@@ -409,8 +409,8 @@ __device__ void consume_narrow(const DecodeParams& params, NarrowShared<Element,
     meet();  // before the next piece overwrites the sums
   }
   // What they add up goes where this warpgroup's probabilities were.
-  const auto sums = reinterpret_cast<PartialSum(*)[kTeamThreads]>(shared.probabilities[Scores::kByRows ? 0 : group]);
-  combine_split<Element, 2>(params, shared.split, group, own_barrier, sums + (Scores::kByRows ? group * kCombineWarps : 0));
+  const auto sums = reinterpret_cast<WarpSums<Part32>*>(shared.probabilities[Scores::kByRows ? 0 : group]);
+  combine_split<Element, Part32, 2>(params, shared.split, group, own_barrier, sums[Scores::kByRows ? group : 0]);
 }
 
 // A block is started with as many registers for each thread as if it had kThreads of them. With 168 for all, which none of them

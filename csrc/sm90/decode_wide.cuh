@@ -68,6 +68,9 @@ __device__ __forceinline__ void add_packed_scores(float* score, const uint32_t* 
   for (int j = 0; j < 4; ++j) score[j] += __uint_as_float(__byte_perm(j < 3 ? packed[j] : last, 0x80, 0x3214));
 }
 
+// The largest of a thread's results may be this in float16: numbers 2^6 times smaller then have all significant bits.
+constexpr float kLeastHalf = 1.f / 256, kMostHalf = 32768;
+
 template <typename Element, int kRows>
 class WideConsumer {
   using Shared = WideShared<Element, kRows>;
@@ -101,8 +104,9 @@ class WideConsumer {
     }
     if (!kSharesRows && group == 0) take_turn();  // the last one given
     // What they add up goes where this warpgroup's scores were: all that have been sent are there.
-    combine_split<Element, kGroups>(params, shared.split, rank * 2 + group, kGroupBarrier + group,
-                                    reinterpret_cast<PartialSum(*)[kTeamThreads]>(shared.scores[group]));
+    static_assert(sizeof(WarpSums<Part16>) <= sizeof(shared.scores[0]));
+    combine_split<Element, Part16, kGroups>(params, shared.split, rank * 2 + group, kGroupBarrier + group,
+                                            reinterpret_cast<WarpSums<Part16>&>(shared.scores[group]));
   }
 
  private:
@@ -484,50 +488,91 @@ class WideConsumer {
   // Add the other parts of a request, which this worker completes.
   template <int kBegin, int kEnd>
   __device__ __forceinline__ void add_parts(float (&out)[128], float (&log2_sum)[2], const Rows<Element>& results) {
-    constexpr int kLoads = 8;  // on their way at a time, of four columns
+    constexpr int kLoads = (kEnd - kBegin) / 16, kScales = (kEnd - kBegin) / kThreadScaled;
 #pragma unroll 1
     for (int part = 1; part < results.parts; ++part) {
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
         const int row = first_row() + own_row + 8 * i;
         const bool exists = row < results.last_row;
-        const auto from = reinterpret_cast<const float4*>(results.partial_out(row, part) + rank * kBlockLatent) + lane % 4;
-        float other = -INFINITY, own_weight, other_weight;
+        const float* from = results.partial_out(row, part);
+        float other = -INFINITY, scale[kScales] = {};
+        float4 eight[kLoads] = {};
         ptx::load_if(exists, other, params.partial_lse + results.partial_row_of(row, part));
 #pragma unroll
-        for (int first = kBegin; first < kEnd; first += kLoads * 8) {
-          float4 four[kLoads] = {};
+        for (int k = 0; k < kScales; ++k) ptx::load_if(exists, scale[k], half_scales(from) + scale_of(kBegin) + k);
 #pragma unroll
-          for (int k = 0; k < kLoads; ++k) ptx::load_if(exists, four[k], from + first / 2 + k * 4);
-          if (first == kBegin) {
-            const Weights weights(log2_sum[i], other);
-            own_weight = weights.own, other_weight = weights.other;
-          }
+        for (int k = 0; k < kLoads; ++k) ptx::load_if(exists, eight[k], reinterpret_cast<const float4*>(from) + place_of(kBegin) + k * 4);
+        const Weights weights(log2_sum[i], other);
 #pragma unroll
-          for (int k = 0; k < kLoads; ++k) {
-            const auto add = [&](int j, float x) {
-              float& own = out[first + k * 8 + j + i * 2];
-              own = own * own_weight + x * other_weight;
-            };
-            add(0, four[k].x), add(4, four[k].y), add(1, four[k].z), add(5, four[k].w);
+        for (int k = 0; k < kLoads; ++k) {
+          const float weight = weights.other * scale[k * 16 / kThreadScaled];
+#pragma unroll
+          for (int j = 0; j < 4; ++j) {
+            const float2 two = __half22float2(reinterpret_cast<const __half2(&)[4]>(eight[k])[j]);
+            float* own = &out[kBegin + k * 16 + j * 4 + i * 2];
+            own[0] = own[0] * weights.own + two.x * weight;
+            own[1] = own[1] * weights.own + two.y * weight;
           }
         }
       }
     }
   }
 
-  // Of eight accumulators a row has 0 and 1, two neighbours in a group of eight columns, and 4 and 5, those in the next group; the
-  // second row has the others.
+  // Of a row of a part: where this thread's accumulators from `first` on lie, in sixteen bytes, and which scale is that of theirs.
+  static constexpr int kThreadScaled = kScaleColumns / 2;  // accumulators of both rows that have the same scale
+  __device__ __forceinline__ int place_of(int first) const { return rank * (kBlockLatent / 8) + first / 4 + lane % 4; }
+  __device__ __forceinline__ int scale_of(int first) const { return rank * (kBlockLatent / kScaleColumns) + first / kThreadScaled; }
+
+  // In float16, as csrc/decode.h says. Of four accumulators a row has 0 and 1, two neighbours in a group of eight columns; the second
+  // row has the others.
   template <int kBegin, int kEnd>
   __device__ __forceinline__ void store_part(const float (&out)[128], const Rows<Element>& results) {
+    constexpr int kPairs = (kEnd - kBegin) / 4, kScales = (kEnd - kBegin) / kThreadScaled, kScaledPairs = kPairs / kScales;
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       const int row = first_row() + own_row + 8 * i;
-      if (row >= results.last_row) continue;
-      float4* to = reinterpret_cast<float4*>(results.partial_out(row) + rank * kBlockLatent) + lane % 4;
-      const auto value = [&](int j) { return out[j + i * 2]; };
+      const auto value = [&](int pair, int j) { return out[kBegin + pair * 4 + i * 2 + j]; };
+      uint32_t packed[kPairs];
+      __half2 largest = {};
 #pragma unroll
-      for (int j = kBegin; j < kEnd; j += 8) to[j / 2] = make_float4(value(j), value(j + 4), value(j + 1), value(j + 5));
+      for (int k = 0; k < kPairs; ++k) {
+        packed[k] = pack<__half>(value(k, 0), value(k, 1));
+        largest = __hmax2(largest, __habs2(reinterpret_cast<const __half2&>(packed[k])));
+      }
+      float scale[kScales];
+#pragma unroll
+      for (int s = 0; s < kScales; ++s) scale[s] = 1;
+      // Nearly always all is well as it is. Else the largest of all columns with the same scale becomes 2^14 or a little more.
+      const float thread_largest = fmaxf(__low2float(largest), __high2float(largest));
+      const bool fits = thread_largest >= kLeastHalf && thread_largest < kMostHalf;
+      if (__any_sync(~0u, row < results.last_row && !fits)) {
+#pragma unroll
+        for (int s = 0; s < kScales; ++s) {
+          float peak = 0;
+#pragma unroll
+          for (int k = s * kScaledPairs; k < (s + 1) * kScaledPairs; ++k) {
+            peak = fmaxf(peak, fmaxf(fabsf(value(k, 0)), fabsf(value(k, 1))));
+          }
+          const int exponent = max(static_cast<int>(__float_as_uint(quad_max(peak)) >> 23) - 127 - 14, -100);
+          scale[s] = __uint_as_float(127 + exponent << 23);
+          const float divisor = __uint_as_float(127 - exponent << 23);
+#pragma unroll
+          for (int k = s * kScaledPairs; k < (s + 1) * kScaledPairs; ++k) {
+            packed[k] = pack<__half>(value(k, 0) * divisor, value(k, 1) * divisor);
+          }
+        }
+      }
+      if (row >= results.last_row) continue;
+      float* to = results.partial_out(row);
+#pragma unroll
+      for (int k = 0; k < kPairs; k += 4) {
+        reinterpret_cast<uint4*>(to)[place_of(kBegin) + k] = make_uint4(packed[k], packed[k + 1], packed[k + 2], packed[k + 3]);
+      }
+#pragma unroll
+      for (int s = 0; s < kScales; ++s) {
+        if (lane % 4 == 0) const_cast<float*>(half_scales(to))[scale_of(kBegin) + s] = scale[s];
+      }
     }
   }
 

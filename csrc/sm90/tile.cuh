@@ -145,6 +145,10 @@ __device__ void copy_rows(const DecodeParams& params, const Element* from, int64
   }
 }
 
+// Where a row of a part in 16 bits has the powers of two that its columns were divided by, each for so many of them.
+constexpr int kScaleColumns = 128;
+__device__ __forceinline__ const float* half_scales(const float* partial_row) { return partial_row + kLatentDim / 2; }
+
 // The counter of a request's parts. First ones are two slots or more apart.
 __device__ __forceinline__ uint32_t* arrivals(const DecodeParams& params, int first_slot) {
   return params.arrivals + first_slot / 2 * params.row_blocks + blockIdx.y;

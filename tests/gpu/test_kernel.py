@@ -222,6 +222,22 @@ def test_parts_of_many_workers(heads: int, queries: int, seq_lens: list[int]) ->
     check_again_and_again(Step(seq_lens, [queries] * len(seq_lens), heads, deviation=1.0).arguments())
 
 
+@pytest.mark.parametrize("magnitude", [2.0**-60, 2.0**-14, 1, 2.0**16, 2.0**60])
+@pytest.mark.parametrize("seq_lens", [[9000], [2000] * 33, [37 * i % 3001 for i in range(1, 150)]], ids=len)
+@pytest.mark.parametrize("heads", [16, 40, 128])
+def test_parts_keep_their_precision(heads: int, seq_lens: list[int], magnitude: float) -> None:
+    """Whatever the size of values, and beside columns whose values are far larger."""
+    arguments = Step(seq_lens, [1] * len(seq_lens), heads, deviation=1.0).arguments()
+    assert arguments["schedule"].splits[-1] > 0
+    factors = torch.full((512,), magnitude, device="cuda")
+    factors[::100] *= 2**12
+    arguments["kv_cache"][..., :512] *= factors
+    arguments["q_nope"] /= factors
+    expected, _ = reference(arguments)
+    error = (mla_decode(**arguments).float() - expected) / factors
+    assert (error.norm(dim=(0, 1)) < 0.01 * (expected / factors).norm(dim=(0, 1))).all()
+
+
 @pytest.mark.parametrize("seq_lens", MANY_PARTS, ids=str)
 def test_workers_that_start_late(seq_lens: list[int]) -> None:
     """Other kernels hold the multiprocessors, so workers are done before those with the first parts have started."""

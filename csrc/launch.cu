@@ -69,8 +69,8 @@ constexpr Choice kChoices[] = {
     // Twice the workers of the next one, for many short requests (padding counted, as a captured step has it), hardly ever split.
     {Kernel::kNarrow64, 64, 1, 1, 2, 4, 3, 0},
     // A thread block has registers for the results of 64 rows and half of the columns.
-    {Kernel::kWide64, 64, 2, 2, 3, 8, 3, 4},
-    {Kernel::kWide128, 128, 2, 2, 3, 8, 3, 4},
+    {Kernel::kWide64, 64, 2, 2, 3, 8, 2, 4},
+    {Kernel::kWide128, 128, 2, 2, 3, 8, 2, 4},
 };
 constexpr bool all_boxes_are_large_enough() {
   for (const Choice& choice : kChoices) {

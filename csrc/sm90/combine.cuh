@@ -49,8 +49,8 @@ __device__ __forceinline__ void store_two(const DecodeParams& params, Element* t
   }
 }
 
-// What a thread reads of a part in 32 bits at a time: four columns of its team's 32, two neighbours and, between these, those eight
-// further on.
+// What a thread reads at a time of a part in float32: sixteen bytes at `place` of a row, four of its team's 32 columns, which lie as
+// csrc/decode.h says.
 struct Part32 {
   static constexpr int kColumns = 4;
   float4 values = {};
@@ -63,19 +63,19 @@ struct Part32 {
     sum[0] += weight * values.x, sum[1] += weight * values.z, sum[2] += weight * values.y, sum[3] += weight * values.w;
   }
 
-  // Of the columns 2 * i and 2 * i + 1 of the thread at `place`.
+  // The first of a pair of neighbours.
   __device__ static int column(int place, int i) { return place / 4 * 16 + i * 8 + place % 4 * 2; }
 };
 
-// In 16 bits: eight columns of 64, in pairs of neighbours.
+// In float16: eight of 64 columns.
 struct Part16 {
   static constexpr int kColumns = 8;
-  float4 values = {};  // sixteen bytes
+  float4 values = {};  // eight
   float scale = 0;
 
   __device__ __forceinline__ void load_if(bool exists, const float* row, int place) {
     ptx::load_if(exists, values, reinterpret_cast<const float4*>(row) + place);
-    ptx::load_if(exists, scale, half_scales(row) + place * kColumns / kScaleColumns);
+    ptx::load_if(exists, scale, row + kScales + place * kColumns / kScaleColumns);
   }
 
   __device__ __forceinline__ void add_to(float (&sum)[kColumns], float weight) const {

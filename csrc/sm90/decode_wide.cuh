@@ -488,7 +488,7 @@ class WideConsumer {
   // Add the other parts of a request, which this worker completes.
   template <int kBegin, int kEnd>
   __device__ __forceinline__ void add_parts(float (&out)[128], float (&log2_sum)[2], const Rows<Element>& results) {
-    constexpr int kLoads = (kEnd - kBegin) / 16, kScales = (kEnd - kBegin) / kThreadScaled;
+    constexpr int kLoads = (kEnd - kBegin) / 16, kOwnScales = (kEnd - kBegin) / kThreadScaled;
 #pragma unroll 1
     for (int part = 1; part < results.parts; ++part) {
 #pragma unroll
@@ -496,11 +496,11 @@ class WideConsumer {
         const int row = first_row() + own_row + 8 * i;
         const bool exists = row < results.last_row;
         const float* from = results.partial_out(row, part);
-        float other = -INFINITY, scale[kScales] = {};
+        float other = -INFINITY, scale[kOwnScales] = {};
         float4 eight[kLoads] = {};
         ptx::load_if(exists, other, params.partial_lse + results.partial_row_of(row, part));
 #pragma unroll
-        for (int k = 0; k < kScales; ++k) ptx::load_if(exists, scale[k], half_scales(from) + scale_of(kBegin) + k);
+        for (int k = 0; k < kOwnScales; ++k) ptx::load_if(exists, scale[k], from + scale_of(kBegin) + k);
 #pragma unroll
         for (int k = 0; k < kLoads; ++k) ptx::load_if(exists, eight[k], reinterpret_cast<const float4*>(from) + place_of(kBegin) + k * 4);
         const Weights weights(log2_sum[i], other);
@@ -519,16 +519,16 @@ class WideConsumer {
     }
   }
 
-  // Of a row of a part: where this thread's accumulators from `first` on lie, in sixteen bytes, and which scale is that of theirs.
-  static constexpr int kThreadScaled = kScaleColumns / 2;  // accumulators of both rows that have the same scale
+  // Of a row of a part: where this thread's accumulators from `first` on lie, in sixteens of bytes, and their scale, in floats.
+  static constexpr int kThreadScaled = kScaleColumns / 2;  // accumulators, of both rows, that have the same scale
   __device__ __forceinline__ int place_of(int first) const { return rank * (kBlockLatent / 8) + first / 4 + lane % 4; }
-  __device__ __forceinline__ int scale_of(int first) const { return rank * (kBlockLatent / kScaleColumns) + first / kThreadScaled; }
+  __device__ __forceinline__ int scale_of(int first) const { return kScales + rank * (kBlockLatent / kScaleColumns) + first / kThreadScaled; }
 
   // In float16, as csrc/decode.h says. Of four accumulators a row has 0 and 1, two neighbours in a group of eight columns; the second
   // row has the others.
   template <int kBegin, int kEnd>
   __device__ __forceinline__ void store_part(const float (&out)[128], const Rows<Element>& results) {
-    constexpr int kPairs = (kEnd - kBegin) / 4, kScales = (kEnd - kBegin) / kThreadScaled, kScaledPairs = kPairs / kScales;
+    constexpr int kPairs = (kEnd - kBegin) / 4, kOwnScales = (kEnd - kBegin) / kThreadScaled, kScaledPairs = kPairs / kOwnScales;
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       const int row = first_row() + own_row + 8 * i;
@@ -540,15 +540,15 @@ class WideConsumer {
         packed[k] = pack<__half>(value(k, 0), value(k, 1));
         largest = __hmax2(largest, __habs2(reinterpret_cast<const __half2&>(packed[k])));
       }
-      float scale[kScales];
+      float scale[kOwnScales];
 #pragma unroll
-      for (int s = 0; s < kScales; ++s) scale[s] = 1;
+      for (int s = 0; s < kOwnScales; ++s) scale[s] = 1;
       // Nearly always all is well as it is. Else the largest of all columns with the same scale becomes 2^14 or a little more.
       const float thread_largest = fmaxf(__low2float(largest), __high2float(largest));
       const bool fits = thread_largest >= kLeastHalf && thread_largest < kMostHalf;
       if (__any_sync(~0u, row < results.last_row && !fits)) {
 #pragma unroll
-        for (int s = 0; s < kScales; ++s) {
+        for (int s = 0; s < kOwnScales; ++s) {
           float peak = 0;
 #pragma unroll
           for (int k = s * kScaledPairs; k < (s + 1) * kScaledPairs; ++k) {
@@ -570,8 +570,8 @@ class WideConsumer {
         reinterpret_cast<uint4*>(to)[place_of(kBegin) + k] = make_uint4(packed[k], packed[k + 1], packed[k + 2], packed[k + 3]);
       }
 #pragma unroll
-      for (int s = 0; s < kScales; ++s) {
-        if (lane % 4 == 0) const_cast<float*>(half_scales(to))[scale_of(kBegin) + s] = scale[s];
+      for (int s = 0; s < kOwnScales; ++s) {
+        if (lane % 4 == 0) to[scale_of(kBegin) + s] = scale[s];
       }
     }
   }

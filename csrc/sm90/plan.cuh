@@ -124,7 +124,7 @@ __global__ void __launch_bounds__(kPlanThreads) plan_kernel(PlanParams params, S
     const int parts = equal ? sharing / max(1, begun) : 0, part = parts > 0 ? (longest + parts - 1) / parts : 0;
     const bool evenly = parts > 0 && part <= all_tiles / sharing + params.uneven_cost;
     const Division splitting(evenly ? all_tiles : division.total, sharing);
-    // Shares that begin anywhere begin with a part and end with another one. Where multiprocessors are idle, parts cost less.
+    // Shares that begin anywhere begin with a part and end with another one. Where many workers can help, parts cost less.
     int split_cost = evenly ? params.split_cost : 2 * params.split_cost;
     const int busy = evenly ? parts * begun : sharing;
     if (busy <= params.workers / 4) split_cost = max(1, params.split_cost / 3);

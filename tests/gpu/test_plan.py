@@ -51,7 +51,7 @@ def check_balance(shares: list[list[int]], tiles: list[int], most_parts: int, qu
     Returns whether requests, of most_parts or fewer, have equally many workers each.
     """
     # As in csrc/launch.cu, but for many short requests, whose own are cheaper.
-    least_share, begin_cost, uneven_cost, split_cost = (1, 1, 2, 1) if query_rows <= 32 else (2, 3, 8, 3)
+    least_share, begin_cost, uneven_cost, split_cost = (1, 1, 2, 1) if query_rows <= 32 else (2, 3, 8, 2)
     total, begun = sum(tiles), sum(count > 0 for count in tiles)
     workers = min(len(shares), max(1, total // least_share))
     parts = workers // max(1, begun)
@@ -155,7 +155,7 @@ def test_a_batch_invariant_share_is_a_run_of_requests_of_its_size() -> None:
     assert splits == [0] * 265
 
 
-@pytest.mark.parametrize(("heads", "least_split"), [(16, 3), (128, 8)])
+@pytest.mark.parametrize(("heads", "least_split"), [(16, 3), (128, 6)])
 def test_short_requests_stay_whole(heads: int, least_split: int) -> None:
     """More workers for each request would save less than it takes to combine what they find."""
     for tiles in range(1, 2 * least_split):

@@ -9,6 +9,8 @@ from typing import Any
 
 import pytest
 import torch
+from torch.autograd import DeviceType
+from torch.profiler import ProfilerActivity, profile
 
 from mla_backend import DecodeSchedule, mla_decode
 from mla_backend.flash_mla import flash_mla_with_kvcache, get_mla_metadata
@@ -220,6 +222,22 @@ MANY_PARTS = ([9000], [4096] * 8, [2000] * 33, [4641, 45118, 1730, 1696], [70, 3
 def test_parts_of_many_workers(heads: int, queries: int, seq_lens: list[int]) -> None:
     """All workers of a request combine what they have found."""
     check_again_and_again(Step(seq_lens, [queries] * len(seq_lens), heads, deviation=1.0).arguments())
+
+
+@pytest.mark.parametrize("seq_lens", [[150], [4096] * 8, [4641, 45118, 1730, 1696], [8192] * 64], ids=str)
+@pytest.mark.parametrize("heads", [16, 32, 64, 128])
+def test_a_call_is_one_launch(heads: int, seq_lens: list[int]) -> None:
+    """Of a CUDA graph, whose capture allows nobody to wait for the GPU."""
+    arguments = Step(seq_lens, [1] * len(seq_lens), heads).arguments()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        mla_decode(**arguments, return_lse=True)
+    with profile(activities=[ProfilerActivity.CUDA]) as profiler:
+        graph.replay()
+        torch.cuda.synchronize()
+    launched = [event.name for event in profiler.events() if event.device_type == DeviceType.CUDA]
+    assert len(launched) == 1
+    assert "mla_backend::sm90::decode_" in launched[0]
 
 
 @pytest.mark.parametrize("magnitude", [2.0**-60, 2.0**-14, 1, 2.0**16, 2.0**60])

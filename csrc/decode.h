@@ -73,11 +73,11 @@ struct DecodeParams {
   // of their denominators [slots, row_blocks, block_rows]. Columns lie as the tensor cores leave them to threads, so that each stores
   // sixteen bytes or, in the narrow kernels, eight at a time.
   //
-  // Narrow kernels: of each sixteen columns the second eight lie between the first eight, 0, 8, 1, 9 and so on.
+  // Up to 64 rows: of each sixteen columns the second eight lie between the first eight, 0, 8, 1, 9 and so on.
   //
-  // Wide kernels, whose parts are large: float16 in the first half of a row, with as many significant bits as float16 has and three
-  // more than bfloat16; of each 32 columns first 0 and 1, 8 and 9, 16 and 17, 24 and 25, then 2 and 3 and so on. After them for each
-  // 128 columns the power of two they were divided by where float16's range would not do.
+  // 128 rows, whose parts are large: float16 in the first half of a row, with three significant bits more than bfloat16; of each 32
+  // columns first 0 and 1, 8 and 9, 16 and 17, 24 and 25, then 2 and 3 and so on. After them for each 128 columns the power of two
+  // that they were divided by where float16's range would not do.
   float* partial_out;
   float* partial_lse;
   // [workers, row_blocks], by half of the slot of a request's first part: how many warpgroups have stored a part of it or have seen

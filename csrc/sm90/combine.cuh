@@ -55,7 +55,8 @@ struct Part32 {
   static constexpr int kColumns = 4;
   float4 values = {};
 
-  __device__ __forceinline__ void load_if(bool exists, const float* row, int place) {
+  // `neighbour`, if there is one, is at another place of the row that has the same scale.
+  __device__ __forceinline__ void load_if(bool exists, const float* row, int place, const Part32* /*neighbour*/ = nullptr) {
     ptx::load_if(exists, values, reinterpret_cast<const float4*>(row) + place);
   }
 
@@ -73,9 +74,13 @@ struct Part16 {
   float4 values = {};  // eight
   float scale = 0;
 
-  __device__ __forceinline__ void load_if(bool exists, const float* row, int place) {
+  __device__ __forceinline__ void load_if(bool exists, const float* row, int place, const Part16* neighbour = nullptr) {
     ptx::load_if(exists, values, reinterpret_cast<const float4*>(row) + place);
-    ptx::load_if(exists, scale, row + kScales + place * kColumns / kScaleColumns);
+    if (neighbour == nullptr) {
+      ptx::load_if(exists, scale, row + kScales + place * kColumns / kScaleColumns);
+    } else {
+      scale = neighbour->scale;
+    }
   }
 
   __device__ __forceinline__ void add_to(float (&sum)[kColumns], float weight) const {

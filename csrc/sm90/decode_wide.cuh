@@ -68,7 +68,7 @@ __device__ __forceinline__ void add_packed_scores(float* score, const uint32_t* 
   for (int j = 0; j < 4; ++j) score[j] += __uint_as_float(__byte_perm(j < 3 ? packed[j] : last, 0x80, 0x3214));
 }
 
-// The largest of a thread's results may be this in float16: numbers 2^6 times smaller then have all significant bits.
+// The largest of a thread's results in float16 is this at least, or it is scaled: numbers 2^6 times smaller have all significant bits.
 constexpr float kLeastHalf = 1.f / 256, kMostHalf = 32768;
 
 template <typename Element, int kRows>
@@ -76,6 +76,9 @@ class WideConsumer {
   using Shared = WideShared<Element, kRows>;
   static constexpr bool kSharesRows = kRows == 64;  // both warpgroups have the same rows, and take turns with the tiles
   static constexpr int kGroups = 4;                 // of a worker
+  // Half of the bytes are worth the instructions, which nobody has run before, where a thread has all of its rows' columns.
+  using Part = std::conditional_t<kSharesRows, Part32, Part16>;
+  static constexpr int kPlaceAccumulators = Part::kColumns * 2;  // of both rows, in a place
 
  public:
   __device__ __forceinline__ WideConsumer(const DecodeParams& params, Shared& shared)
@@ -104,9 +107,9 @@ class WideConsumer {
     }
     if (!kSharesRows && group == 0) take_turn();  // the last one given
     // What they add up goes where this warpgroup's scores were: all that have been sent are there.
-    static_assert(sizeof(WarpSums<Part16>) <= sizeof(shared.scores[0]));
-    combine_split<Element, Part16, kGroups>(params, shared.split, rank * 2 + group, kGroupBarrier + group,
-                                            reinterpret_cast<WarpSums<Part16>&>(shared.scores[group]));
+    static_assert(sizeof(WarpSums<Part>) <= sizeof(shared.scores[0]));
+    combine_split<Element, Part, kGroups>(params, shared.split, rank * 2 + group, kGroupBarrier + group,
+                                          reinterpret_cast<WarpSums<Part>&>(shared.scores[group]));
   }
 
  private:
@@ -485,10 +488,16 @@ class WideConsumer {
     }
   }
 
+  // Of a row of a part: where this thread has a place for its accumulators from `first` on, two neighbours of every four.
+  __device__ __forceinline__ int place_of(int first) const {
+    return rank * (kBlockLatent / Part::kColumns) + first / kPlaceAccumulators * 4 + lane % 4;
+  }
+
   // Add the other parts of a request, which this worker completes.
   template <int kBegin, int kEnd>
   __device__ __forceinline__ void add_parts(float (&out)[128], float (&log2_sum)[2], const Rows<Element>& results) {
-    constexpr int kLoads = (kEnd - kBegin) / 16, kOwnScales = (kEnd - kBegin) / kThreadScaled;
+    constexpr int kLoads = 8;  // on their way at a time
+    static_assert((kEnd - kBegin) % (kLoads * kPlaceAccumulators) == 0);
 #pragma unroll 1
     for (int part = 1; part < results.parts; ++part) {
 #pragma unroll
@@ -496,84 +505,94 @@ class WideConsumer {
         const int row = first_row() + own_row + 8 * i;
         const bool exists = row < results.last_row;
         const float* from = results.partial_out(row, part);
-        float other = -INFINITY, scale[kOwnScales] = {};
-        float4 eight[kLoads] = {};
+        float other = -INFINITY, own_weight, other_weight;
         ptx::load_if(exists, other, params.partial_lse + results.partial_row_of(row, part));
 #pragma unroll
-        for (int k = 0; k < kOwnScales; ++k) ptx::load_if(exists, scale[k], from + scale_of(kBegin) + k);
+        for (int first = kBegin; first < kEnd; first += kLoads * kPlaceAccumulators) {
+          Part read[kLoads];
 #pragma unroll
-        for (int k = 0; k < kLoads; ++k) ptx::load_if(exists, eight[k], reinterpret_cast<const float4*>(from) + place_of(kBegin) + k * 4);
-        const Weights weights(log2_sum[i], other);
+          for (int k = 0; k < kLoads; ++k) {
+            const bool scaled_alike = k * kPlaceAccumulators % (kScaleColumns / 2) > 0;
+            read[k].load_if(exists, from, place_of(first + k * kPlaceAccumulators), scaled_alike ? &read[k - 1] : nullptr);
+          }
+          if (first == kBegin) {
+            const Weights weights(log2_sum[i], other);
+            own_weight = weights.own, other_weight = weights.other;
+          }
 #pragma unroll
-        for (int k = 0; k < kLoads; ++k) {
-          const float weight = weights.other * scale[k * 16 / kThreadScaled];
+          for (int k = 0; k < kLoads; ++k) {
+            float* own = &out[first + k * kPlaceAccumulators + i * 2];
+            float sum[Part::kColumns];
 #pragma unroll
-          for (int j = 0; j < 4; ++j) {
-            const float2 two = __half22float2(reinterpret_cast<const __half2(&)[4]>(eight[k])[j]);
-            float* own = &out[kBegin + k * 16 + j * 4 + i * 2];
-            own[0] = own[0] * weights.own + two.x * weight;
-            own[1] = own[1] * weights.own + two.y * weight;
+            for (int c = 0; c < Part::kColumns; ++c) sum[c] = own[c / 2 * 4 + c % 2] * own_weight;
+            read[k].add_to(sum, other_weight);
+#pragma unroll
+            for (int c = 0; c < Part::kColumns; ++c) own[c / 2 * 4 + c % 2] = sum[c];
           }
         }
       }
     }
   }
 
-  // Of a row of a part: where this thread's accumulators from `first` on lie, in sixteens of bytes, and their scale, in floats.
-  static constexpr int kThreadScaled = kScaleColumns / 2;  // accumulators, of both rows, that have the same scale
-  __device__ __forceinline__ int place_of(int first) const { return rank * (kBlockLatent / 8) + first / 4 + lane % 4; }
-  __device__ __forceinline__ int scale_of(int first) const { return kScales + rank * (kBlockLatent / kScaleColumns) + first / kThreadScaled; }
-
-  // In float16, as csrc/decode.h says. Of four accumulators a row has 0 and 1, two neighbours in a group of eight columns; the second
-  // row has the others.
+  // Of four accumulators a row has 0 and 1, two neighbours in a group of eight columns; the second row has the others.
   template <int kBegin, int kEnd>
   __device__ __forceinline__ void store_part(const float (&out)[128], const Rows<Element>& results) {
-    constexpr int kPairs = (kEnd - kBegin) / 4, kOwnScales = (kEnd - kBegin) / kThreadScaled, kScaledPairs = kPairs / kOwnScales;
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       const int row = first_row() + own_row + 8 * i;
-      const auto value = [&](int pair, int j) { return out[kBegin + pair * 4 + i * 2 + j]; };
-      uint32_t packed[kPairs];
-      __half2 largest = {};
+      const auto value = [&](int j) { return out[j + i * 2]; };
+      if constexpr (std::is_same_v<Part, Part16>) {
+        store_halves<(kEnd - kBegin) / 2>(results, row, kBegin, [&](int c) { return value(kBegin + c / 2 * 4 + c % 2); });
+      } else if (row < results.last_row) {
+        float4* to = reinterpret_cast<float4*>(results.partial_out(row));
 #pragma unroll
-      for (int k = 0; k < kPairs; ++k) {
-        packed[k] = pack<__half>(value(k, 0), value(k, 1));
-        largest = __hmax2(largest, __habs2(reinterpret_cast<const __half2&>(packed[k])));
-      }
-      float scale[kOwnScales];
-#pragma unroll
-      for (int s = 0; s < kOwnScales; ++s) scale[s] = 1;
-      // Nearly always all is well as it is. Else the largest of all columns with the same scale becomes 2^14 or a little more.
-      const float thread_largest = fmaxf(__low2float(largest), __high2float(largest));
-      const bool fits = thread_largest >= kLeastHalf && thread_largest < kMostHalf;
-      if (__any_sync(~0u, row < results.last_row && !fits)) {
-#pragma unroll
-        for (int s = 0; s < kOwnScales; ++s) {
-          float peak = 0;
-#pragma unroll
-          for (int k = s * kScaledPairs; k < (s + 1) * kScaledPairs; ++k) {
-            peak = fmaxf(peak, fmaxf(fabsf(value(k, 0)), fabsf(value(k, 1))));
-          }
-          const int exponent = max(static_cast<int>(__float_as_uint(quad_max(peak)) >> 23) - 127 - 14, -100);
-          scale[s] = __uint_as_float(127 + exponent << 23);
-          const float divisor = __uint_as_float(127 - exponent << 23);
-#pragma unroll
-          for (int k = s * kScaledPairs; k < (s + 1) * kScaledPairs; ++k) {
-            packed[k] = pack<__half>(value(k, 0) * divisor, value(k, 1) * divisor);
-          }
-        }
-      }
-      if (row >= results.last_row) continue;
-      float* to = results.partial_out(row);
-#pragma unroll
-      for (int k = 0; k < kPairs; k += 4) {
-        reinterpret_cast<uint4*>(to)[place_of(kBegin) + k] = make_uint4(packed[k], packed[k + 1], packed[k + 2], packed[k + 3]);
-      }
-#pragma unroll
-      for (int s = 0; s < kOwnScales; ++s) {
-        if (lane % 4 == 0) to[scale_of(kBegin) + s] = scale[s];
+        for (int j = kBegin; j < kEnd; j += 8) to[place_of(j)] = make_float4(value(j), value(j + 4), value(j + 1), value(j + 5));
       }
     }
+  }
+
+  // In float16, with scales, `kColumns` columns of a row from where accumulator `first` lies. Called by whole warps.
+  template <int kColumns, typename Value>
+  __device__ __forceinline__ void store_halves(const Rows<Element>& results, int row, int first, Value value) {
+    constexpr int kScaled = kScaleColumns / 4;  // of a thread, which have the same scale
+    uint32_t packed[kColumns / 2];
+    __half2 largest = {};
+#pragma unroll
+    for (int k = 0; k < kColumns / 2; ++k) {
+      packed[k] = pack<__half>(value(k * 2), value(k * 2 + 1));
+      largest = __hmax2(largest, __habs2(reinterpret_cast<const __half2&>(packed[k])));
+    }
+    float scale[kColumns / kScaled];
+#pragma unroll
+    for (float& of : scale) of = 1;
+    // Nearly always all is well as it is. Else the largest of all columns with the same scale becomes 2^14 or a little more.
+    const float thread_largest = fmaxf(__low2float(largest), __high2float(largest));
+    const bool fits = thread_largest >= kLeastHalf && thread_largest < kMostHalf;
+    if (__any_sync(~0u, row < results.last_row && !fits)) {
+#pragma unroll
+      for (int s = 0; s < kColumns / kScaled; ++s) {
+        float peak = 0;
+#pragma unroll
+        for (int c = s * kScaled; c < (s + 1) * kScaled; ++c) peak = fmaxf(peak, fabsf(value(c)));
+        const int exponent = max(static_cast<int>(__float_as_uint(quad_max(peak)) >> 23) - 127 - 14, -100);
+        scale[s] = __uint_as_float(127 + exponent << 23);
+        const float divisor = __uint_as_float(127 - exponent << 23);
+#pragma unroll
+        for (int c = s * kScaled; c < (s + 1) * kScaled; c += 2) {
+          packed[c / 2] = pack<__half>(value(c) * divisor, value(c + 1) * divisor);
+        }
+      }
+    }
+    if (row >= results.last_row) return;
+    float* to = results.partial_out(row);
+    const int place = place_of(first);
+#pragma unroll
+    for (int k = 0; k < kColumns / 2; k += 4) {
+      reinterpret_cast<uint4*>(to)[place + k] = make_uint4(packed[k], packed[k + 1], packed[k + 2], packed[k + 3]);
+    }
+    if (lane % 4 > 0) return;
+#pragma unroll
+    for (int s = 0; s < kColumns / kScaled; ++s) to[kScales + place * Part::kColumns / kScaleColumns + s] = scale[s];
   }
 
   // Lanes with even numbers exchange what they have of the second group for what the others have of the first, so that all store

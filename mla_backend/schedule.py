@@ -16,11 +16,11 @@ class ScheduleBuffers:
     Attributes:
         shares: [multiprocessors, 8] int32, see `DecodeSchedule`.
         splits: [max_requests + 1] int32, see `DecodeSchedule`.
-        partial_out: [multiprocessors, 2, 64, 512] fp32, with columns in the order that csrc/decode.h says: a worker may
-            hold a part of its first request and of its last.
+        partial_out: [multiprocessors, 2, 64, 512] fp32, or fp16 in half of it, and columns in another order, as
+            csrc/decode.h says: a worker may hold a part of its first request and of its last.
         partial_lse: [multiprocessors, 2, 64] fp32, the base-2 logarithm of the parts' softmax denominators.
-        arrivals: [multiprocessors] int32, at least one for each worker and block of query rows: how many parts are
-            there of the request that it has the first part of. 0 between calls.
+        arrivals: [multiprocessors] int32, at least one for each worker and block of query rows: how many parts of a
+            request are there. 0 between calls.
     """
 
     shares: torch.Tensor
@@ -57,7 +57,7 @@ class DecodeSchedule:
 
     Attributes:
         shares: [workers, 8] int32, on the device of the cache: what each worker does (`Share` in csrc/decode.h), those
-            with later tiles first.
+            with later tiles first and those without tiles last.
         splits: [requests + 1] int32, running count of the requests' partial results.
         buffers: where `shares`, `splits` and the partial results lie.
         heads: query heads, known to the host.

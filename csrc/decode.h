@@ -70,18 +70,21 @@ struct DecodeParams {
   int64_t lse_token_stride, lse_head_stride;
 
   // Results of requests that several workers share: [slots, row_blocks, block_rows, 512] normalised, and the base-2 logarithm
-  // of their denominators [slots, row_blocks, block_rows]. Columns lie as the tensor cores leave them to threads, so that each stores
-  // sixteen bytes or, in the narrow kernels, eight at a time.
+  // of their denominators [slots, row_blocks, block_rows]. Columns lie as the tensor cores leave them to threads, so that each
+  // stores sixteen bytes or, in the narrow kernels, eight at a time.
   //
   // Up to 64 rows: of each sixteen columns the second eight lie between the first eight, 0, 8, 1, 9 and so on.
   //
   // 128 rows, whose parts are large: float16 in the first half of a row, with three significant bits more than bfloat16; of each 32
   // columns first 0 and 1, 8 and 9, 16 and 17, 24 and 25, then 2 and 3 and so on. After them for each 128 columns the power of two
-  // that they were divided by where float16's range would not do.
+  // that they were divided by where float16's range would not do: where a thread has nothing but values below 2^-8, or one from
+  // 2^15 on. Values too small for all significant bits are off by up to 2^-25 without a division, and with one by up to 2^-39 of
+  // the largest of those columns.
   float* partial_out;
   float* partial_lse;
-  // [workers, row_blocks], by half of the slot of a request's first part: how many warpgroups have stored a part of it or have seen
-  // that all are there. After the last one it is 0 again.
+  // [workers, row_blocks], by half of the slot of a request's first part: how many warpgroups have stored a part of it or, helpers
+  // among them, have seen that all are there. It begins with kAllStarted (csrc/sm90/tile.cuh) if the worker with that part has
+  // started before anybody counted. After the last one it is 0 again.
   uint32_t* arrivals;
 };
 

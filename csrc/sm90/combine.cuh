@@ -1,5 +1,6 @@
 // Combines the partial results of requests that several workers shared, at the end of the decode kernel, where the worker with
-// their first part has not done so: all workers with a part divide this between them. And clears the rows that attend to nothing.
+// their first part has not done so: all workers with a part, and helpers, divide this between them. And clears the rows that
+// attend to nothing.
 #pragma once
 
 #include "tile.cuh"
@@ -49,8 +50,8 @@ __device__ __forceinline__ void store_two(const DecodeParams& params, Element* t
   }
 }
 
-// What a thread reads at a time of a part in float32: sixteen bytes at `place` of a row, four of its team's 32 columns, which lie as
-// csrc/decode.h says.
+// What a thread reads at a time of a part in float32: sixteen bytes at `place` of a row, four of its team's 32 columns, which lie
+// as csrc/decode.h says.
 struct Part32 {
   static constexpr int kColumns = 4;
   float4 values = {};
@@ -311,7 +312,7 @@ __device__ __forceinline__ void clear_rows(const DecodeParams& params) {
 }
 
 // Whether all workers with a part of a request combine it, and then wait for all parts. Else the one with the first part does their
-// work, for whom this waits, too. Helpers wait always. Called by each of a worker's kGroups warpgroups, when it has stored its parts.
+// work, for whom this waits, too. Helpers wait always. Called by each of a worker's kGroups warpgroups when its parts are stored.
 //
 // To wait for others is safe only if they are at work, or two decode kernels at the same time could each keep the other's thread
 // blocks from starting. The worker with the first part is the last one to start, so all of them are if it has, and helpers start

@@ -409,6 +409,7 @@ __device__ void consume_narrow(const DecodeParams& params, NarrowShared<Element,
     meet();  // before the next piece overwrites the sums
   }
   // What they add up goes where this warpgroup's probabilities were.
+  static_assert(sizeof(WarpSums<Part32>) * (Scores::kByRows ? 2 : 1) <= sizeof(shared.probabilities[0]));
   const auto sums = reinterpret_cast<WarpSums<Part32>*>(shared.probabilities[Scores::kByRows ? 0 : group]);
   combine_split<Element, Part32, 2>(params, shared.split, group, own_barrier, sums[Scores::kByRows ? group : 0]);
 }

@@ -68,7 +68,8 @@ __device__ __forceinline__ void add_packed_scores(float* score, const uint32_t* 
   for (int j = 0; j < 4; ++j) score[j] += __uint_as_float(__byte_perm(j < 3 ? packed[j] : last, 0x80, 0x3214));
 }
 
-// The largest of a thread's results in float16 is this at least, or it is scaled: numbers 2^6 times smaller have all significant bits.
+// The largest of a thread's results in float16 lies between these, or they are scaled. Numbers 2^6 times smaller than the least of
+// it have all significant bits.
 constexpr float kLeastHalf = 1.f / 256, kMostHalf = 32768;
 
 template <typename Element, int kRows>
@@ -542,7 +543,7 @@ class WideConsumer {
       const int row = first_row() + own_row + 8 * i;
       const auto value = [&](int j) { return out[j + i * 2]; };
       if constexpr (std::is_same_v<Part, Part16>) {
-        store_halves<(kEnd - kBegin) / 2>(results, row, kBegin, [&](int c) { return value(kBegin + c / 2 * 4 + c % 2); });
+        store_halves(results, row, [&](int c) { return value(c / 2 * 4 + c % 2); });
       } else if (row < results.last_row) {
         float4* to = reinterpret_cast<float4*>(results.partial_out(row));
 #pragma unroll
@@ -551,10 +552,10 @@ class WideConsumer {
     }
   }
 
-  // In float16, with scales, `kColumns` columns of a row from where accumulator `first` lies. Called by whole warps.
-  template <int kColumns, typename Value>
-  __device__ __forceinline__ void store_halves(const Rows<Element>& results, int row, int first, Value value) {
-    constexpr int kScaled = kScaleColumns / 4;  // of a thread, which have the same scale
+  // In float16, with scales, all columns that this thread has of a row. Called by whole warps.
+  template <typename Value>
+  __device__ __forceinline__ void store_halves(const Rows<Element>& results, int row, Value value) {
+    constexpr int kColumns = kBlockLatent / 4, kScaled = kScaleColumns / 4;  // of a thread: all, and those that have the same scale
     uint32_t packed[kColumns / 2];
     __half2 largest = {};
 #pragma unroll
@@ -585,7 +586,7 @@ class WideConsumer {
     }
     if (row >= results.last_row) return;
     float* to = results.partial_out(row);
-    const int place = place_of(first);
+    const int place = place_of(0);
 #pragma unroll
     for (int k = 0; k < kColumns / 2; k += 4) {
       reinterpret_cast<uint4*>(to)[place + k] = make_uint4(packed[k], packed[k + 1], packed[k + 2], packed[k + 3]);

@@ -7,8 +7,8 @@
 // follow each other in the order of its tiles. A share that would begin just after a request's beginning begins with the request.
 // Where no request has more than a few parts, the worker with the first one completes it: its share ends with that, and the next
 // one begins with the next, so that the others are there, or nearly so. Else all workers add them up, at the same time:
-// also if requests of equal length have equally many workers, as their parts come at the same time. Workers that are left over then
-// help with that.
+// also if requests of equal length have equally many workers, as their parts come at the same time. Workers that are left over by
+// such requests help with that.
 //
 // Requests of equal length get equally many workers each, unless too many would be idle: to leave a few idle costs less than to let
 // most of them begin anew in the middle of their share. And no request is split where that would save less time than it takes to

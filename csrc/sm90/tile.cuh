@@ -160,7 +160,7 @@ constexpr uint32_t kAllStarted = 1 << 20;
 // piece is; after the last a piece without tiles. `load(stage, token)` starts the copies of the block that begins with this
 // query token, `bytes` in all, each by a lane of its own; `copy(stage, piece)` does the same without the copy engine, and all lanes
 // write. So all arrive at the barrier. Rows past the request's are whatever lies there, and nobody looks at what becomes of them.
-// `split` gets the pieces that are parts of requests which all of their workers combine.
+// `split` gets the pieces that are parts of requests which all of their workers combine, or the request that a helper combines.
 template <typename Pipeline, typename Load, typename Copy>
 __device__ void bring_queries(const DecodeParams& params, Pieces& pieces, Pipeline& pipeline, Piece* work, SplitPieces& split,
                               int bytes, Load load, Copy copy) {
@@ -234,7 +234,6 @@ struct Rows {
   const DecodeParams& params;
   bool complete;  // they are, or will be when the other parts are added, the output
   int parts;      // of the request, 0 if this is all of it
-  bool first_completes;
   int first_slot;  // of the request's first part
   int first_token;
   int first_row, last_row;  // of this block's rows, and past them
@@ -244,7 +243,6 @@ struct Rows {
       : params(params),
         complete(piece.completes()),
         parts(piece.parts),
-        first_completes(piece.first_completes),
         first_slot(piece.first_slot()),
         first_token(piece.first_token),
         first_row(row_block * params.block_rows),

@@ -10,7 +10,7 @@ struct Piece {
   int request;
   int first_tile, last_tile;
   int slot;         // of its partial result; negative if it is all of the request
-  int part, parts;  // which one it is of so many parts of the request; 0 parts if it is all of it
+  int part, parts;  // which one it is of so many parts of the request, from where helpers count on; 0 parts if it is all of it
   int helpers;      // that combine the request's parts and have none
   bool first_completes;  // whether the worker with the first part adds the others
   int seq_len;

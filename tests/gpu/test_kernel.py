@@ -244,7 +244,7 @@ def test_a_call_is_one_launch(heads: int, seq_lens: list[int]) -> None:
 @pytest.mark.parametrize("seq_lens", [[9000], [2000] * 33, [37 * i % 3001 for i in range(1, 150)]], ids=len)
 @pytest.mark.parametrize("heads", [16, 40, 128])
 def test_parts_keep_their_precision(heads: int, seq_lens: list[int], magnitude: float) -> None:
-    """Whatever the size of values, and beside columns whose values are far larger."""
+    """Whatever the size of values, and beside columns whose values are 2^12 times larger."""
     arguments = Step(seq_lens, [1] * len(seq_lens), heads, deviation=1.0).arguments()
     assert arguments["schedule"].splits[-1] > 0
     factors = torch.full((512,), magnitude, device="cuda")

@@ -23,7 +23,7 @@ constexpr int kPartialRows = 64;  // query rows (token and head) that there is r
 // and going on with the next requests'. Or that of a helper, which has no tiles and combines what others find.
 struct alignas(16) Share {
   int32_t request, first_tile, tiles;
-  int32_t slot;           // of its first partial result; a second one has the next
+  int32_t slot;           // of its first partial result, a second one has the next; of a helper, as if it had a part
   int32_t seq_len;        // of the request that it begins with
   int32_t last_request;   // that it ends with, if that has its first part here
   // Which one it has of so many parts of the request that it begins with; 0 parts if it has all of it. Helpers count on from there.

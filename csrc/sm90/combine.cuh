@@ -69,6 +69,9 @@ struct Part32 {
   __device__ static int column(int place, int i) { return place / 4 * 16 + i * 8 + place % 4 * 2; }
 };
 
+// Where a row of a part in float16 has the powers of two that its columns were divided by, one for so many of them.
+constexpr int kScales = kLatentDim / 2, kScaleColumns = 128;
+
 // In float16: eight of 64 columns.
 struct Part16 {
   static constexpr int kColumns = 8;

@@ -145,9 +145,6 @@ __device__ void copy_rows(const DecodeParams& params, const Element* from, int64
   }
 }
 
-// Where a row of a part in float16 has the powers of two that its columns were divided by, one for so many of them.
-constexpr int kScales = kLatentDim / 2, kScaleColumns = 128;
-
 // The counter of a request's parts. First ones are two slots or more apart.
 __device__ __forceinline__ uint32_t* arrivals(const DecodeParams& params, int first_slot) {
   return params.arrivals + first_slot / 2 * params.row_blocks + blockIdx.y;

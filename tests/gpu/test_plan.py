@@ -50,7 +50,7 @@ def check_balance(shares: list[list[int]], tiles: list[int], most_parts: int, qu
 
     Returns whether requests, of most_parts or fewer, have equally many workers each.
     """
-    # As in csrc/launch.cu, but for many short requests, whose own are cheaper.
+    # As in csrc/launch.cu, but for many short requests, which have numbers of their own.
     least_share, begin_cost, uneven_cost, split_cost = (1, 1, 2, 1) if query_rows <= 32 else (2, 3, 8, 2)
     total, begun = sum(tiles), sum(count > 0 for count in tiles)
     workers = min(len(shares), max(1, total // least_share))

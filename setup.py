@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 import sysconfig
 from pathlib import Path
 
@@ -75,9 +76,10 @@ class BuildKernels(build_ext):
         objects.mkdir(parents=True, exist_ok=True)
         library.parent.mkdir(parents=True, exist_ok=True)
         common = ["-O3", "-c"]
-        kernels = [nvcc, "-std=c++17", *common, f"-gencode={TARGET}", "-Xcompiler=-fPIC", "-Xptxas=-v"]
+        kernels = [nvcc, "-std=c++17", *common, f"-gencode={TARGET}", "-Xcompiler=-fPIC", "-Xptxas=-v", "-no-compress"]
         binding = [nvcc, "-std=c++20", *common, "-Xcompiler=-fPIC", f"-DTORCH_TARGET_VERSION={TORCH_TARGET}"]
         self.spawn([*kernels, str(ROOT / "csrc/launch.cu"), "-o", str(objects / "launch.o")])
+        self.spawn([sys.executable, str(ROOT / "csrc/locate.py"), str(objects / "launch.o")])
         self.spawn([*binding, f"-I{headers}", str(ROOT / "csrc/bindings.cpp"), "-o", str(objects / "bindings.o")])
         # The library must name torch's libraries as needed, to find their symbols in the process; but the torch here
         # may be a build without CUDA. Empty stand-ins of the same names do.

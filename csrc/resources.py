@@ -3,8 +3,8 @@
     python csrc/resources.py
 
 Compiles csrc/launch.cu for sm_90a and reads the compiler's report and the disassembly. A kernel may not spill registers
-or touch local memory, and a decode kernel must do its products with wgmma (HGMMA in the disassembly). Needs nvcc, and
-cuobjdump from CUDA or from triton.
+or touch local memory, and a decode kernel must do its products with wgmma (HGMMA in the disassembly) and know where its
+own code lies (csrc/locate.py). Needs nvcc, and cuobjdump from CUDA or from triton.
 """
 
 from __future__ import annotations
@@ -30,6 +30,8 @@ class Kernel:
     spilled: int
     wgmma: int = 0
     local: int = 0
+    code: int = 0  # bytes
+    located: tuple[int, ...] = ()  # what LEPC says, from the beginning of its code on
 
     def problem(self) -> str:
         if self.spilled:
@@ -38,6 +40,8 @@ class Kernel:
             return f"touches local memory {self.local} times"
         if self.name.startswith("decode") and self.wgmma == 0:
             return "has no wgmma"
+        if self.name.startswith("decode") and self.located != (0, self.code):
+            return f"looks for its {self.code} bytes of code at {self.located}"
         return ""
 
 
@@ -64,6 +68,9 @@ def compiled(cubin: Path) -> dict[str, Kernel]:
     done = subprocess.run([*command, str(CSRC / "launch.cu"), "-o", str(cubin)], capture_output=True, text=True)
     if done.returncode != 0:
         raise SystemExit(done.stderr)
+    located = subprocess.run([sys.executable, str(CSRC / "locate.py"), str(cubin)], capture_output=True, text=True)
+    if located.returncode != 0:
+        raise SystemExit(located.stderr)
     kernels = {}
     for block in done.stderr.split("Compiling entry function '")[1:]:
         mangled = block[: block.index("'")]
@@ -81,6 +88,8 @@ def disassembled(cubin: Path, kernels: dict[str, Kernel]) -> None:
         kernel = kernels[block.split(None, 1)[0]]
         opcodes = Counter(re.findall(r"^\s+/\*[0-9a-f]+\*/\s+(?:@!?U?P\d+\s+)?([A-Z]+)", block, re.MULTILINE))
         kernel.wgmma, kernel.local = opcodes["HGMMA"], opcodes["LDL"] + opcodes["STL"]
+        kernel.code = int(re.findall(r"^\s+/\*([0-9a-f]{4,})\*/", block, re.MULTILINE)[-1], 16) + 16
+        kernel.located = tuple(sorted(int(address, 16) for address in re.findall(r"LEPC R\d+, (0x[0-9a-f]+)", block)))
 
 
 def main() -> None:
@@ -88,9 +97,9 @@ def main() -> None:
         cubin = Path(folder) / "kernels.cubin"
         kernels = compiled(cubin)
         disassembled(cubin, kernels)
-    print(f"{'kernel':48} {'registers':>9} {'static shared':>13} {'spilled':>7} {'wgmma':>5} {'local':>5}")
+    print(f"{'kernel':48} {'registers':>9} {'static shared':>13} {'spilled':>7} {'wgmma':>5} {'local':>5} {'code':>6}")
     for k in kernels.values():
-        print(f"{k.name:48} {k.registers:9} {k.static_shared:13} {k.spilled:7} {k.wgmma:5} {k.local:5}")
+        print(f"{k.name:48} {k.registers:9} {k.static_shared:13} {k.spilled:7} {k.wgmma:5} {k.local:5} {k.code:6}")
     problems = [f"{k.name} {k.problem()}" for k in kernels.values() if k.problem()]
     sys.exit("resources.py: " + "; ".join(problems) if problems else 0)
 

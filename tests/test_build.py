@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from mla_backend.operators import LIBRARY, has_compiled_kernels
+
 ROOT = Path(__file__).parents[1]
 
 
@@ -34,3 +36,22 @@ def test_the_setting_decides(tmp_path: Path, setting: str, code: int) -> None:
     assert done.returncode == code
     assert ("MLA_BACKEND_CUDA=1 asks for the compiled kernels, but no nvcc" in done.stderr) == (setting == "1")
     assert "installing without" not in done.stdout
+
+
+@pytest.mark.skipif(not has_compiled_kernels(), reason="needs the compiled kernels")
+def test_kernels_know_where_their_code_lies(tmp_path: Path) -> None:
+    """The library that is installed has been through csrc/locate.py, which finds nothing to do there a second time."""
+    library = tmp_path / "library.so"
+    library.write_bytes(LIBRARY.read_bytes())
+    done = subprocess.run([sys.executable, "csrc/locate.py", library], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert "decode_wide_kernel" in done.stderr
+    assert "reads the counters %pm0_64 and %pm1_64 in 0 places" in done.stderr
+
+
+def test_a_file_without_kernels_is_refused(tmp_path: Path) -> None:
+    nothing = tmp_path / "launch.o"
+    nothing.write_bytes(b"\x7fELF" + bytes(100))
+    done = subprocess.run([sys.executable, "csrc/locate.py", nothing], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert "no decode kernel was found" in done.stderr

@@ -470,7 +470,7 @@ __global__ void __launch_bounds__(NarrowRegisters<kN>::kThreads, 1)
                   piece.rows(params), [&](int row, int chunk) { return place(row, kLatentDim / 8 + chunk); });
             });
       },
-      [&] { consume_narrow<Element, kN>(params, shared); }, [&] { clear_rows<Element>(params); });
+      [&] { consume_narrow<Element, kN>(params, shared); }, [&] { prefetch_code(), clear_rows<Element>(params); });
 }
 
 }  // namespace mla_backend::sm90

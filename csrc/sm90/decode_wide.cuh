@@ -557,18 +557,23 @@ class WideConsumer {
   __device__ __forceinline__ void store_halves(const Rows<Element>& results, int row, Value value) {
     constexpr int kColumns = kBlockLatent / 4, kScaled = kScaleColumns / 4;  // of a thread: all, and those that have the same scale
     uint32_t packed[kColumns / 2];
-    __half2 largest = {};
+    __half2 largest[kColumns / kScaled] = {};
 #pragma unroll
     for (int k = 0; k < kColumns / 2; ++k) {
       packed[k] = pack<__half>(value(k * 2), value(k * 2 + 1));
-      largest = __hmax2(largest, __habs2(reinterpret_cast<const __half2&>(packed[k])));
+      __half2& of_scale = largest[k * 2 / kScaled];
+      of_scale = __hmax2(of_scale, __habs2(reinterpret_cast<const __half2&>(packed[k])));
     }
     float scale[kColumns / kScaled];
 #pragma unroll
     for (float& of : scale) of = 1;
     // Nearly always all is well as it is. Else the largest of all columns with the same scale becomes 2^14 or a little more.
-    const float thread_largest = fmaxf(__low2float(largest), __high2float(largest));
-    const bool fits = thread_largest >= kLeastHalf && thread_largest < kMostHalf;
+    bool fits = true;
+#pragma unroll
+    for (const __half2 of_scale : largest) {
+      const float either = fmaxf(__low2float(of_scale), __high2float(of_scale));
+      fits &= either >= kLeastHalf && either < kMostHalf;
+    }
     if (__any_sync(~0u, row < results.last_row && !fits)) {
 #pragma unroll
       for (int s = 0; s < kColumns / kScaled; ++s) {
@@ -717,7 +722,7 @@ __global__ void __cluster_dims__(2) __launch_bounds__(kThreads, 1)
                   [&](int row, int chunk) { return ptx::shared_address(shared.query.rope) + swizzled_64(row, chunk); });
             });
       },
-      [&] { WideConsumer<Element, kRows>(params, shared).run(); }, [&] { clear_rows<Element>(params); });
+      [&] { WideConsumer<Element, kRows>(params, shared).run(); }, [&] { prefetch_code(), clear_rows<Element>(params); });
   ptx::cluster_sync();  // until then the other block may still store into this one
 }
 

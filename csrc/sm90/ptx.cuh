@@ -61,6 +61,24 @@ __device__ __forceinline__ uint32_t load_acquire(const uint32_t* from) {
   return value;
 }
 
+// --- the kernel's own code ------------------------------------------------------------------------------------------
+
+// Where it begins and ends. PTX cannot say that: these read two counters, and csrc/locate.py makes it the instruction that can.
+__device__ __forceinline__ uint64_t code_begin() {
+  uint64_t address;
+  asm volatile("mov.u64 %0, %%pm0_64;" : "=l"(address));
+  return address;
+}
+
+__device__ __forceinline__ uint64_t code_end() {
+  uint64_t address;
+  asm volatile("mov.u64 %0, %%pm1_64;" : "=l"(address));
+  return address;
+}
+
+// Ask for 128 bytes to be brought to L2: also where nothing may be read as data, as code may not.
+__device__ __forceinline__ void prefetch_l2(uint64_t address) { asm volatile("prefetch.global.L2 [%0];" ::"l"(address)); }
+
 // --- mbarrier -------------------------------------------------------------------------------------------------------
 
 __device__ __forceinline__ void mbarrier_init(uint64_t* barrier, uint32_t arrivals) {

@@ -352,6 +352,15 @@ __device__ __forceinline__ bool brings_something() {
   return threadIdx.x >= kMathThreads && threadIdx.x < kMathThreads + 96;
 }
 
+// Bring the kernel's code to L2, a few lines for each block. Other kernels have driven it out since the last time, and every block
+// would wait for memory where it comes to code that nobody has run yet. Called by a warp of each block.
+__device__ __forceinline__ void prefetch_code() {
+  constexpr int kLine = 128;
+  const int warp = blockIdx.y * gridDim.x + blockIdx.x;
+  const uint64_t line = ptx::code_begin() + (warp * 32 + threadIdx.x % 32) * kLine;
+  if (line < ptx::code_end()) ptx::prefetch_l2(line);
+}
+
 // Divide the block's threads into their roles: mathematics, two warps that bring tiles, one that brings queries, and the rest.
 // Together they can have at most the registers that the block was started with, or the increase waits for ever.
 template <int kMathRegisters, int kOtherRegisters, typename Tiles, typename Queries, typename Consume, typename Rest>

@@ -25,13 +25,12 @@ struct alignas(16) Share {
   int32_t request, first_tile, tiles;
   int32_t slot;           // of its first partial result, a second one has the next; of a helper, as if it had a part
   int32_t seq_len;        // of the request that it begins with
-  int32_t last_request;   // that it ends with, if that has its first part here
   // Which one it has of so many parts of the request that it begins with; 0 parts if it has all of it. Helpers count on from there.
   int16_t part, parts;
   int16_t last_parts;     // of the request that it ends with, 0 if it has all of it or begins with it
-  uint16_t step_is_small : 1;    // whether all shares together have less than kSmallStep tiles
-  uint16_t first_completes : 1;  // whether all that are split are completed by the worker with their first part
-  uint16_t helpers : 14;         // of the request that it begins with
+  int16_t helpers;        // of the request that it begins with
+  uint32_t step_is_small : 1;    // whether all shares together have less than kSmallStep tiles
+  uint32_t first_completes : 1;  // whether all that are split are completed by the worker with their first part
 };
 constexpr int kSmallStep = 3072;  // 226 MB, four times what the L2 cache holds: with more it gained nothing or lost
 constexpr int kShareNumbers = sizeof(Share) / sizeof(int32_t);

@@ -29,16 +29,6 @@ __device__ __forceinline__ int find_owner(const int32_t* starts, int count, int 
   return low;
 }
 
-// A row of the output and its lse, which there must be.
-template <typename Element>
-__device__ __forceinline__ Element* output_row(const DecodeParams& params, int token, int head) {
-  return static_cast<Element*>(params.out) + token * params.out_token_stride + head * params.out_head_stride;
-}
-
-__device__ __forceinline__ float& output_lse(const DecodeParams& params, int token, int head) {
-  return params.lse[token * params.lse_token_stride + head * params.lse_head_stride];
-}
-
 // Two neighbours of an output row, from the element at `to` on.
 template <typename Element>
 __device__ __forceinline__ void store_two(const DecodeParams& params, Element* to, float first, float second) {

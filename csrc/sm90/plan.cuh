@@ -192,7 +192,7 @@ __global__ void __launch_bounds__(kPlanThreads) plan_kernel(PlanParams params, S
       share.slot = first.slot + part;
       if (parts > 1) share.part = part, share.parts = parts;
       if (!is_last && next.request != first.request && next.position < end) {
-        share.last_request = next.request, share.last_parts = next.workers(division);
+        share.last_parts = next.workers(division);
       }
     }
     if (share.tiles == 0) share = {};

@@ -224,6 +224,16 @@ __device__ void clear_rows_from(int token, ColumnBlock<Element> (&tile)[kBlocks]
 // the same.)
 constexpr float kPatience = 8, kPatienceFactor = 1 << static_cast<int>(kPatience);
 
+// A row of the output and its lse, which there must be.
+template <typename Element>
+__device__ __forceinline__ Element* output_row(const DecodeParams& params, int token, int head) {
+  return static_cast<Element*>(params.out) + token * params.out_token_stride + head * params.out_head_stride;
+}
+
+__device__ __forceinline__ float& output_lse(const DecodeParams& params, int token, int head) {
+  return params.lse[token * params.lse_token_stride + head * params.lse_head_stride];
+}
+
 // Where the results of a piece go: to the output if it is all of a request, or if its worker completes the request with what
 // others have found; else to its worker's partial results. Rows count from the request's first one.
 template <typename Element>
@@ -248,8 +258,7 @@ struct Rows {
 
   __device__ __forceinline__ Element* out(int row) const {
     const int query = query_of_row(params, row);
-    return static_cast<Element*>(params.out) + (first_token + query) * params.out_token_stride +
-           (row - query * params.heads) * params.out_head_stride;
+    return output_row<Element>(params, first_token + query, row - query * params.heads);
   }
 
   // Of a partial result (csrc/decode.h says how its columns lie).
@@ -284,8 +293,7 @@ struct Rows {
   __device__ __forceinline__ void store_lse(int row, float log2_sum) const {
     if (params.lse == nullptr) return;
     const int query = query_of_row(params, row);
-    params.lse[(first_token + query) * params.lse_token_stride + (row - query * params.heads) * params.lse_head_stride] =
-        log2_sum * kLn2;
+    output_lse(params, first_token + query, row - query * params.heads) = log2_sum * kLn2;
   }
 
   __device__ __forceinline__ void store_partial_lse(int row, float log2_sum) const {

@@ -18,6 +18,7 @@ STEPS: list[dict[str, Any]] = [
     {"heads": 40, "query_lens": [1, 2, 0, 3], "query_padding": 1, "padding_rows": 2},
     {"heads": 128, "page_size": 128, "dtype": torch.float16},
     {"heads": 128, "seq_lens": [2500], "query_lens": [3], "causal": False},
+    *({"heads": heads, "seq_lens": [700] * 2, "query_lens": [1] * 2} for heads in (16, 64, 128)),  # by helpers, too
     {"heads": 128, "seq_lens": [300] * 9, "query_lens": [1] * 9},  # more than 1024 query rows
     {"heads": 16, "seq_lens": [70] * 140, "query_lens": [1] * 140},  # more requests than a warp holds the tiles of
     {"heads": 16, "seq_lens": [70] * 140, "query_lens": [1] * 140, "batch_invariant": True},

@@ -45,13 +45,16 @@ def pieces_of_requests(shares: list[list[int]], tiles: list[int]) -> list[list[P
     return [sorted(mine, key=lambda piece: piece[1]) for mine in pieces]
 
 
-def check_balance(shares: list[list[int]], tiles: list[int], most_parts: int, query_rows: int) -> bool:
+def check_balance(
+    shares: list[list[int]], tiles: list[int], most_parts: int, query_rows: int, many_short: bool
+) -> bool:
     """No share costs more than the others by more than a tile and the beginning of a request, or than parts cost.
 
     Returns whether requests, of most_parts or fewer, have equally many workers each.
     """
-    # As in csrc/launch.cu, but for many short requests, which have numbers of their own.
-    least_share, begin_cost, uneven_cost, split_cost = (1, 1, 2, 1) if query_rows <= 32 else (2, 3, 8, 2)
+    # As in csrc/launch.cu.
+    of_kernel = (1, 2, 4, 3) if many_short else (1, 1, 2, 1) if query_rows <= 32 else (2, 3, 8, 2)
+    least_share, begin_cost, uneven_cost, split_cost = of_kernel
     total, begun = sum(tiles), sum(count > 0 for count in tiles)
     workers = min(len(shares), max(1, total // least_share))
     parts = workers // max(1, begun)
@@ -81,11 +84,11 @@ def check_helpers(shares: list[list[int]], tiles: list[int]) -> int:
     Returns how many.
     """
     numbers: dict[int, list[int]] = {}
-    counts = {share[7] >> 18 & 0x3FFF for share in shares if share[2] > 0 or share[6] > 0} or {0}
+    counts = {share[6] >> 16 for share in shares if share[2] > 0 or share[5] > 0} or {0}
     assert len(counts) == 1
-    first_slots = {share[0]: share[3] for share in shares if share[2] > 0 and share[6] > 0 and share[6] & 0xFFFF == 0}
-    parts_of = {share[0]: share[6] >> 16 for share in shares if share[2] > 0}
-    for request, _, count, slot, _, _, parts, _ in shares:
+    first_slots = {share[0]: share[3] for share in shares if share[2] > 0 and share[5] > 0 and share[5] & 0xFFFF == 0}
+    parts_of = {share[0]: share[5] >> 16 for share in shares if share[2] > 0}
+    for request, _, count, slot, _, parts, *_ in shares:
         if count == 0 and parts > 0:
             assert parts >> 16 == parts_of[request]
             assert slot == first_slots[request] + (parts & 0xFFFF)
@@ -116,7 +119,7 @@ def test_every_tile_is_given_once_and_evenly(heads: int, max_query_len: int, bat
         assert 1 <= len(shares) <= multiprocessors
 
         slots, most_parts = 0, 0
-        expected = [[0, 0, 0, 0] for _ in shares]  # last request, part | parts, last parts
+        expected = [[0, 0, 0] for _ in shares]  # part, parts, last parts
         for request, mine in enumerate(pieces_of_requests(shares, tiles)):
             assert [first for _, first, _, _ in mine] == [0, *(last for _, _, last, _ in mine)][: len(mine)]
             assert (mine[-1][2] if mine else 0) == tiles[request]
@@ -128,22 +131,23 @@ def test_every_tile_is_given_once_and_evenly(heads: int, max_query_len: int, bat
             assert not parts or [worker for worker, *_ in mine] == list(range(mine[0][0], mine[0][0] - len(mine), -1))
             for part, (worker, *_) in enumerate(mine if parts else []):
                 if shares[worker][0] == request:
-                    expected[worker][1:3] = [part, len(parts)]
+                    expected[worker][:2] = [part, len(parts)]
                 else:
-                    expected[worker][0], expected[worker][3] = request, len(parts)
-        for share, (last_request, part, parts_of_first, last_parts) in zip(shares, expected, strict=True):
-            helps = share[2] == 0 and share[6] > 0
-            assert helps or share[5:7] == [last_request, part | parts_of_first << 16]
-            assert share[7] & 0x1FFFF == last_parts | (sum(tiles) < 3072) << 16
+                    expected[worker][2] = len(parts)
+        for share, (part, parts_of_first, last_parts) in zip(shares, expected, strict=True):
+            helps = share[2] == 0 and share[5] > 0
+            assert helps or share[5] == part | parts_of_first << 16
+            assert share[6] & 0xFFFF == last_parts
+            assert share[7] & 1 == (sum(tiles) < 3072)
         assert slots <= 2 * len(shares)
 
         assert all(share[4] == seq_lens[share[0]] for share in shares if share[2])
         helpers_of_requests = check_helpers(shares, tiles)
         if not batch_invariant:
-            evenly = check_balance(shares, tiles, most_parts, heads * max_query_len)
             many_short = 32 < heads * max_query_len <= 64 and len(seq_lens) > 66 and max(seq_lens) <= 512
+            evenly = check_balance(shares, tiles, most_parts, heads * max_query_len, many_short)
             first_completes = not evenly and most_parts <= (0 if many_short else 4)
-            assert not most_parts or all(share[7] >> 17 & 1 == first_completes for share in shares)
+            assert not most_parts or all(share[7] >> 1 & 1 == first_completes for share in shares)
             begun = sum(count > 0 for count in tiles)
             left = sum(share[2] == 0 for share in shares)
             assert helpers_of_requests == (left // begun if most_parts and evenly else 0)

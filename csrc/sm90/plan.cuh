@@ -8,7 +8,7 @@
 // Where no request has more than a few parts, the worker with the first one completes it: its share ends with that, and the next
 // one begins with the next, so that the others are there, or nearly so. Else all workers add them up, at the same time.
 //
-// Where there are more workers than requests, each request gets workers of its own, so many that none has more than a limit, unless
+// Where there is a worker for every request at least, each gets workers of its own, so many that none has more than a limit, unless
 // that would have to be much more than an even share: to leave a few idle costs less than to let most of them begin anew in the
 // middle of their share. Parts then come at the same time, and all who have one add them up. Workers that are left over help.
 //
@@ -24,6 +24,7 @@
 namespace mla_backend::sm90 {
 
 constexpr int kPlanThreads = 1024;
+constexpr int kLimits = kPlanThreads / 32;  // to the tiles of a worker that are tried
 
 // What the plan depends on beside the lengths. Costs are in tiles.
 struct PlanParams {
@@ -41,12 +42,15 @@ struct PlanParams {
 
 // How cost is divided among workers whose shares begin anywhere.
 struct Division {
-  int total, quotient, remainder;
+  int total, workers, quotient, remainder;
 
-  __device__ Division(int total, int workers) : total(total), quotient(total / workers), remainder(total % workers) {}
+  __device__ Division(int total, int workers)
+      : total(total), workers(workers), quotient(total / workers), remainder(total % workers) {}
 
   // Where a worker's share begins; those of workers that get nothing, at the end.
-  __device__ int begin(int worker) const { return min(worker * quotient + min(worker, remainder), total); }
+  __device__ int begin(int worker) const {
+    return worker < workers ? worker * quotient + min(worker, remainder) : total;
+  }
 
   __device__ int worker_of(int position) const {
     const int larger = remainder * (quotient + 1);
@@ -245,7 +249,7 @@ __global__ void __launch_bounds__(kPlanThreads) plan_kernel(PlanParams params, S
   share.step_is_small = all_tiles < kSmallStep;
   share.first_completes = !aligned && most_parts <= params.most_parts;
   // Those of later workers come first: thread blocks start in this order, and whoever completes a request waits for later workers
-  // only, which so are on their way whatever else the GPU has to do. Workers without a share are left to the end.
+  // only, which so are on their way whatever else the GPU has to do. Those past the last that may have a share are left to the end.
   if (thread < params.workers) shares[thread < workers ? workers - 1 - thread : thread] = share;
 }
 

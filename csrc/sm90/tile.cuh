@@ -360,8 +360,8 @@ __device__ __forceinline__ bool brings_something() {
   return threadIdx.x >= kMathThreads && threadIdx.x < kMathThreads + 96;
 }
 
-// Bring the kernel's code to L2, a few lines for each block. Other kernels have driven it out since the last time, and every block
-// would wait for memory where it comes to code that nobody has run yet. Called by a warp of each block.
+// Bring the kernel's code to L2, 32 lines for each of the first blocks. Other kernels have driven it out since the last time, and
+// every block would wait for memory where it comes to code that nobody has run yet. Called by a warp of each block.
 __device__ __forceinline__ void prefetch_code() {
   constexpr int kLine = 128;
   const int warp = blockIdx.y * gridDim.x + blockIdx.x;

@@ -25,7 +25,12 @@ STEPS: list[dict[str, Any]] = [
     {"heads": 40, "seq_lens": [70, 300] * 40, "query_lens": [1] * 80},  # many short requests
     {"heads": 64, "seq_lens": [512] + [0] * 70, "query_lens": [1] * 71},
     # Split, and completed by the workers with the first parts.
-    *({"heads": heads, "seq_lens": [900, 1300] * 33, "query_lens": [1] * 66} for heads in (16, 32, 64, 128)),
+    *({"heads": heads, "seq_lens": [300, 700] * 70, "query_lens": [1] * 140} for heads in (16, 32, 64, 128)),
+    # Combined by all, by one worker with parts of two requests.
+    *(
+        {"heads": heads, "seq_lens": [9000] + [64] * 140 + [9000] * 2, "query_lens": [1] * 143}
+        for heads in (16, 32, 64, 128)
+    ),
 ]
 
 

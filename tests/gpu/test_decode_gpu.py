@@ -46,5 +46,5 @@ def test_a_captured_step_replays_with_other_lengths() -> None:
     replayed, replayed_splits = out.clone(), buffers.splits.tolist()
     step()
     torch.testing.assert_close(replayed, out)
-    # 13 workers for costs of 1 + 10, 1 + 1 and 1 + 2 tiles: the first three have two each, the others one.
-    assert replayed_splits == buffers.splits.tolist() == [0, 8, 8, 8, 10]
+    # 13 workers have one tile each, ten of them of the first request and two of the last.
+    assert replayed_splits == buffers.splits.tolist() == [0, 10, 10, 10, 12]

@@ -62,7 +62,7 @@ def locate(binary: bytearray) -> None:
             raise SystemExit(
                 f"locate.py: {name} reads the counters %pm0_64 and %pm1_64 in {len(places)} places, one of each is "
                 "wanted. This compiler makes something else of code_begin() and code_end() in csrc/sm90/ptx.cuh; those "
-                "of CUDA 12.9 and 13.0 are known to work."
+                "of CUDA 12.8 to 13.5 are known to work."
             )
         for at, counter in places:
             low, high = INSTRUCTION.unpack_from(binary, at)

@@ -74,6 +74,8 @@ def locate(binary: bytearray) -> None:
 
 
 if __name__ == "__main__":
+    if len(sys.argv) != 2:
+        raise SystemExit(f"locate.py: {len(sys.argv) - 1} arguments were given; it takes one, the file to change.")
     path = Path(sys.argv[1])
     contents = bytearray(path.read_bytes())
     locate(contents)

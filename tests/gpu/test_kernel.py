@@ -216,14 +216,13 @@ def test_uneven_requests_are_completed_by_their_first_workers(heads: int, querie
 
 HELPED = ([1500] * 3, [700] * 2)  # by workers that have no tiles
 TWO_OF_A_WORKER = [30000] + [64] * 150 + [30000] * 2
-MANY_PARTS = (
-    *([9000], [4096] * 8, [2000] * 33, [4641, 45118, 1730, 1696], [70, 30000, 1, 0, 64]),
-    *HELPED,
-    TWO_OF_A_WORKER,
+MANY_PARTS = ([9000], [4096] * 8, [2000] * 33, [4641, 45118, 1730, 1696], [70, 30000, 1, 0, 64])
+for_many_parts = pytest.mark.parametrize(
+    "seq_lens", [*MANY_PARTS, *HELPED, TWO_OF_A_WORKER], ids=lambda lengths: str(lengths[:4])
 )
 
 
-@pytest.mark.parametrize("seq_lens", MANY_PARTS, ids=lambda lengths: str(lengths[:4]))
+@for_many_parts
 @pytest.mark.parametrize(("heads", "queries"), [(8, 1), (16, 1), (16, 2), (64, 1), (128, 1)])
 def test_parts_of_many_workers(heads: int, queries: int, seq_lens: list[int]) -> None:
     """All workers of a request combine what they have found."""
@@ -268,7 +267,7 @@ def test_parts_keep_their_precision(heads: int, seq_lens: list[int], magnitude: 
     assert (error.norm(dim=(0, 1)) < 0.01 * (expected / factors).norm(dim=(0, 1))).all()
 
 
-@pytest.mark.parametrize("seq_lens", MANY_PARTS, ids=lambda lengths: str(lengths[:4]))
+@for_many_parts
 @pytest.mark.parametrize("heads", [16, 64, 128])
 def test_workers_that_start_late(heads: int, seq_lens: list[int]) -> None:
     """Other kernels hold the multiprocessors, so workers are done before those with the first parts have started."""

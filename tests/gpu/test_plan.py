@@ -68,15 +68,9 @@ def check_balance(
     Returns whether requests, of most_parts or fewer, have workers of their own.
     """
     # As in csrc/launch.cu.
-    least_share, begin_cost, uneven_cost, whole_cost, split_cost = (
-        (1, 2, 4, 4, 3)
-        if many_short
-        else (1, 1, 4, 13, 1)
-        if query_rows <= 32
-        else (2, 3, 10, 10, 2)
-        if query_rows <= 64
-        else (2, 3, 5, 5, 2)
-    )
+    of_kernels = {32: (1, 1, 4, 13, 1), 64: (1, 2, 4, 4, 3) if many_short else (2, 3, 10, 10, 2)}
+    of_kernel = next((numbers for rows, numbers in of_kernels.items() if query_rows <= rows), (2, 3, 5, 5, 2))
+    least_share, begin_cost, uneven_cost, whole_cost, split_cost = of_kernel
     total, begun = sum(tiles), sum(count > 0 for count in tiles)
     workers = min(len(shares), max(1, total // least_share))
     own_workers = workers_of_their_own(tiles, workers, uneven_cost, whole_cost)

@@ -76,7 +76,7 @@ __device__ __forceinline__ uint64_t code_end() {
   return address;
 }
 
-// Ask for 128 bytes to be brought to L2: also where nothing may be read as data, as code may not.
+// Ask for 128 bytes to be brought to L2. Where there is no memory, nothing happens.
 __device__ __forceinline__ void prefetch_l2(uint64_t address) { asm volatile("prefetch.global.L2 [%0];" ::"l"(address)); }
 
 // --- mbarrier -------------------------------------------------------------------------------------------------------

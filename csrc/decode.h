@@ -72,11 +72,11 @@ struct DecodeParams {
   // of their denominators [slots, row_blocks, block_rows]. Columns lie as the tensor cores leave them to threads, so that each
   // stores sixteen bytes or, in the narrow kernels, eight at a time.
   //
-  // Up to 64 rows: of each sixteen columns the second eight lie between the first eight, 0, 8, 1, 9 and so on.
+  // The narrow kernels': of each sixteen columns the second eight lie between the first eight, 0, 8, 1, 9 and so on.
   //
-  // 128 rows, whose parts are large: float16 in the first half of a row, with three significant bits more than bfloat16; of each 32
-  // columns first 0 and 1, 8 and 9, 16 and 17, 24 and 25, then 2 and 3 and so on. After them for each 128 columns the power of two
-  // that they were divided by where float16's range would not do: where a thread has nothing but values below 2^-8, or one from
+  // The wide kernels', which are large: float16 in the first half of a row, with three significant bits more than bfloat16; of each
+  // 32 columns first 0 and 1, 8 and 9, 16 and 17, 24 and 25, then 2 and 3 and so on. After them for each 128 columns the power of
+  // two that they were divided by where float16's range would not do: where a thread has nothing but values below 2^-8, or one from
   // 2^15 on. Values too small for all significant bits are off by up to 2^-25 without a division, and with one by up to 2^-39 of
   // the largest of those columns.
   float* partial_out;

@@ -77,8 +77,7 @@ class WideConsumer {
   using Shared = WideShared<Element, kRows>;
   static constexpr bool kSharesRows = kRows == 64;  // both warpgroups have the same rows, and take turns with the tiles
   static constexpr int kGroups = 4;                 // of a worker
-  // Half of the bytes are worth the instructions, which nobody has run before, where a thread has all of its rows' columns.
-  using Part = std::conditional_t<kSharesRows, Part32, Part16>;
+  using Part = Part16;                              // half of the bytes are worth the instructions
   static constexpr int kPlaceAccumulators = Part::kColumns * 2;  // of both rows, in a place
 
  public:
@@ -465,10 +464,10 @@ class WideConsumer {
     // In this order in the machine code, too, as in the narrow kernel.
     int complete = results.complete;
     if (!complete) {
-      store_part<kBegin, kEnd>(out, results);
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
         const int row = first_row() + own_row + 8 * i;
+        store_part<kBegin, kEnd>(results, row, [&](int j) { return out[j + i * 2]; });
         if (has_lse && row < results.last_row) results.store_partial_lse(row, log2_sum[i]);
       }
       results.announce(kGroupBarrier + group);
@@ -497,8 +496,7 @@ class WideConsumer {
   // Add the other parts of a request, which this worker completes.
   template <int kBegin, int kEnd>
   __device__ __forceinline__ void add_parts(float (&out)[128], float (&log2_sum)[2], const Rows<Element>& results) {
-    constexpr int kLoads = 8;  // on their way at a time
-    static_assert((kEnd - kBegin) % (kLoads * kPlaceAccumulators) == 0);
+    constexpr int kLoads = (kEnd - kBegin) / kPlaceAccumulators;  // on their way at a time
 #pragma unroll 1
     for (int part = 1; part < results.parts; ++part) {
 #pragma unroll
@@ -506,61 +504,40 @@ class WideConsumer {
         const int row = first_row() + own_row + 8 * i;
         const bool exists = row < results.last_row;
         const float* from = results.partial_out(row, part);
-        float other = -INFINITY, own_weight, other_weight;
+        float other = -INFINITY;
         ptx::load_if(exists, other, params.partial_lse + results.partial_row_of(row, part));
+        Part read[kLoads];
 #pragma unroll
-        for (int first = kBegin; first < kEnd; first += kLoads * kPlaceAccumulators) {
-          Part read[kLoads];
+        for (int k = 0; k < kLoads; ++k) {
+          const bool scaled_alike = k * kPlaceAccumulators % (kScaleColumns / 2) > 0;
+          read[k].load_if(exists, from, place_of(kBegin + k * kPlaceAccumulators), scaled_alike ? &read[k - 1] : nullptr);
+        }
+        const Weights weights(log2_sum[i], other);
 #pragma unroll
-          for (int k = 0; k < kLoads; ++k) {
-            const bool scaled_alike = k * kPlaceAccumulators % (kScaleColumns / 2) > 0;
-            read[k].load_if(exists, from, place_of(first + k * kPlaceAccumulators), scaled_alike ? &read[k - 1] : nullptr);
-          }
-          if (first == kBegin) {
-            const Weights weights(log2_sum[i], other);
-            own_weight = weights.own, other_weight = weights.other;
-          }
+        for (int k = 0; k < kLoads; ++k) {
+          float* own = &out[kBegin + k * kPlaceAccumulators + i * 2];
+          float sum[Part::kColumns];
 #pragma unroll
-          for (int k = 0; k < kLoads; ++k) {
-            float* own = &out[first + k * kPlaceAccumulators + i * 2];
-            float sum[Part::kColumns];
+          for (int c = 0; c < Part::kColumns; ++c) sum[c] = own[c / 2 * 4 + c % 2] * weights.own;
+          read[k].add_to(sum, weights.other);
 #pragma unroll
-            for (int c = 0; c < Part::kColumns; ++c) sum[c] = own[c / 2 * 4 + c % 2] * own_weight;
-            read[k].add_to(sum, other_weight);
-#pragma unroll
-            for (int c = 0; c < Part::kColumns; ++c) own[c / 2 * 4 + c % 2] = sum[c];
-          }
+          for (int c = 0; c < Part::kColumns; ++c) own[c / 2 * 4 + c % 2] = sum[c];
         }
       }
     }
   }
 
-  // Of four accumulators a row has 0 and 1, two neighbours in a group of eight columns; the second row has the others.
-  template <int kBegin, int kEnd>
-  __device__ __forceinline__ void store_part(const float (&out)[128], const Rows<Element>& results) {
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      const int row = first_row() + own_row + 8 * i;
-      const auto value = [&](int j) { return out[j + i * 2]; };
-      if constexpr (std::is_same_v<Part, Part16>) {
-        store_halves(results, row, [&](int c) { return value(c / 2 * 4 + c % 2); });
-      } else if (row < results.last_row) {
-        float4* to = reinterpret_cast<float4*>(results.partial_out(row));
-#pragma unroll
-        for (int j = kBegin; j < kEnd; j += 8) to[place_of(j)] = make_float4(value(j), value(j + 4), value(j + 1), value(j + 5));
-      }
-    }
-  }
-
-  // In float16, with scales, all columns that this thread has of a row. Called by whole warps.
-  template <typename Value>
-  __device__ __forceinline__ void store_halves(const Rows<Element>& results, int row, Value value) {
-    constexpr int kColumns = kBlockLatent / 4, kScaled = kScaleColumns / 4;  // of a thread: all, and those that have the same scale
+  // In float16, with scales. Of every four accumulators the row has value(0) and value(1), two neighbours in a group of eight
+  // columns. Called by whole warps.
+  template <int kBegin, int kEnd, typename Value>
+  __device__ __forceinline__ void store_part(const Rows<Element>& results, int row, Value value) {
+    constexpr int kColumns = (kEnd - kBegin) / 2, kScaled = kScaleColumns / 4;  // of a thread: all, and those with the same scale
+    const auto column = [&](int c) { return value(kBegin + c / 2 * 4 + c % 2); };
     uint32_t packed[kColumns / 2];
     __half2 largest[kColumns / kScaled] = {};
 #pragma unroll
     for (int k = 0; k < kColumns / 2; ++k) {
-      packed[k] = pack<__half>(value(k * 2), value(k * 2 + 1));
+      packed[k] = pack<__half>(column(k * 2), column(k * 2 + 1));
       __half2& of_scale = largest[k * 2 / kScaled];
       of_scale = __hmax2(of_scale, __habs2(reinterpret_cast<const __half2&>(packed[k])));
     }
@@ -579,19 +556,19 @@ class WideConsumer {
       for (int s = 0; s < kColumns / kScaled; ++s) {
         float peak = 0;
 #pragma unroll
-        for (int c = s * kScaled; c < (s + 1) * kScaled; ++c) peak = fmaxf(peak, fabsf(value(c)));
+        for (int c = s * kScaled; c < (s + 1) * kScaled; ++c) peak = fmaxf(peak, fabsf(column(c)));
         const int exponent = max(static_cast<int>(__float_as_uint(quad_max(peak)) >> 23) - 127 - 14, -100);
         scale[s] = __uint_as_float(127 + exponent << 23);
         const float divisor = __uint_as_float(127 - exponent << 23);
 #pragma unroll
         for (int c = s * kScaled; c < (s + 1) * kScaled; c += 2) {
-          packed[c / 2] = pack<__half>(value(c) * divisor, value(c + 1) * divisor);
+          packed[c / 2] = pack<__half>(column(c) * divisor, column(c + 1) * divisor);
         }
       }
     }
     if (row >= results.last_row) return;
     float* to = results.partial_out(row);
-    const int place = place_of(0);
+    const int place = place_of(kBegin);
 #pragma unroll
     for (int k = 0; k < kColumns / 2; k += 4) {
       reinterpret_cast<uint4*>(to)[place + k] = make_uint4(packed[k], packed[k + 1], packed[k + 2], packed[k + 3]);

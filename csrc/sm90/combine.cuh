@@ -46,8 +46,7 @@ struct Part32 {
   static constexpr int kColumns = 4;
   float4 values = {};
 
-  // `neighbour`, if there is one, is at another place of the row that has the same scale.
-  __device__ __forceinline__ void load_if(bool exists, const float* row, int place, const Part32* /*neighbour*/ = nullptr) {
+  __device__ __forceinline__ void load_if(bool exists, const float* row, int place) {
     ptx::load_if(exists, values, reinterpret_cast<const float4*>(row) + place);
   }
 
@@ -68,6 +67,7 @@ struct Part16 {
   float4 values = {};  // eight
   float scale = 0;
 
+  // `neighbour`, if there is one, is at another place of the row that has the same scale.
   __device__ __forceinline__ void load_if(bool exists, const float* row, int place, const Part16* neighbour = nullptr) {
     ptx::load_if(exists, values, reinterpret_cast<const float4*>(row) + place);
     if (neighbour == nullptr) {

@@ -1,5 +1,5 @@
-// What any decode kernel has to do at least, and nothing else: read as many pages, and multiply as often. No schedule, no softmax,
-// no result, and neither of the two waits for the other. limits.py measures how long that takes.
+// Of a decode step only this: as many pages are read, and as much is multiplied. No schedule, no softmax, no result, and neither of
+// the two waits for the other. limits.py measures how long that takes.
 #include <cudaTypedefs.h>
 
 #include "../../../csrc/sm90/ptx.cuh"
@@ -155,6 +155,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   } else {
     ptx::setmaxnreg_inc<224>();
     if (times == 0) return;
+    // Whoever reads uses these barriers again without waiting for this warp, but not before it has read a ring of pages.
     for (int i = 0; i * reading.tokens * kTokenBytes < kFactorBytes; ++i) ptx::mbarrier_wait(&shared.full[i], 0);
     if constexpr (kMixture) {
       multiply_mixture(shared, times, sink);
@@ -167,7 +168,10 @@ __global__ void __launch_bounds__(kThreads, 1)
 int encode(CUtensorMap& map, const void* data, const Reading& reading) {
   void* function = nullptr;
   cudaDriverEntryPointQueryResult result;
-  cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function, 12000, cudaEnableDefault, &result);
+  if (const int error = cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function, 12000, cudaEnableDefault, &result)) {
+    return error;
+  }
+  if (function == nullptr) return cudaErrorNotSupported;
   const cuuint64_t sizes[] = {kColumns, kPageTokens, static_cast<cuuint64_t>(reading.pages)}, strides[] = {kTokenBytes, kPageBytes};
   const cuuint32_t box[] = {kBoxColumns, static_cast<cuuint32_t>(reading.tokens), 1}, steps[] = {1, 1, 1};
   return reinterpret_cast<PFN_cuTensorMapEncodeTiled_v12000>(function)(
@@ -178,7 +182,7 @@ int encode(CUtensorMap& map, const void* data, const Reading& reading) {
 }  // namespace
 
 // Read `pages` pages of the cache at `data` as Reading says, in the order of `list` if `scattered`, and compute `flops` flops, on so
-// many multiprocessors, of which each reads one page at least if there are flops. Returns an error of CUDA's.
+// many multiprocessors, of which each reads one page at least if there are flops. Returns a CUDA error.
 extern "C" int limits_work(const void* data, const int32_t* list, int pages, int tokens, int ring_pages, int scattered,
                            int evict_first, double flops, int mixture, int multiprocessors, cudaStream_t stream) {
   const Reading reading = {pages, tokens, ring_pages, scattered != 0, evict_first != 0};

@@ -1,4 +1,4 @@
-"""How long decode steps take at least on this machine, by a kernel that only reads as much and multiplies as often.
+"""How long a kernel takes that only reads as much and multiplies as often as decode steps do.
 
 Compile that kernel, with or without the GPU at hand, then run this where mla_backend and its compiled kernels are:
 

@@ -181,8 +181,8 @@ int encode(CUtensorMap& map, const void* data, const Reading& reading) {
 
 }  // namespace
 
-// Read `pages` pages of the cache at `data` as Reading says, in the order of `list` if `scattered`, and compute `flops` flops, on so
-// many multiprocessors, of which each reads one page at least if there are flops. Returns a CUDA error.
+// Read `pages` pages of the cache at `data` as Reading says, in the order of `list` if `scattered`, and compute `flops` flops, on
+// so many multiprocessors, of which each reads one page at least if there are flops. Returns a CUDA error.
 extern "C" int limits_work(const void* data, const int32_t* list, int pages, int tokens, int ring_pages, int scattered,
                            int evict_first, double flops, int mixture, int multiprocessors, cudaStream_t stream) {
   const Reading reading = {pages, tokens, ring_pages, scattered != 0, evict_first != 0};

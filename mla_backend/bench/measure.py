@@ -111,8 +111,21 @@ def ceilings(stopwatch: Stopwatch) -> dict[str, float]:
     }
 
 
+def interleaved(graphs: dict[str, torch.cuda.CUDAGraph], stopwatch: Stopwatch, repeats: int) -> dict[str, list[float]]:
+    """Time all graphs in turns, and return microseconds, `repeats` for each name.
+
+    Each time in another order: clocks are lower after a long kernel, so nobody follows it always.
+    """
+    times: dict[str, list[float]] = {name: [] for name in graphs}
+    rng = random.Random(0)
+    for _ in range(repeats):
+        for name in rng.sample(list(graphs), len(graphs)):
+            times[name].append(stopwatch.microseconds(graphs[name]))
+    return times
+
+
 def measure(shape: Shape, names: Iterable[str], machine: dict[str, float], stopwatch: Stopwatch, repeats: int) -> Row:
-    """Check every contender against the reference, then time them in turns, each time in another order."""
+    """Check every contender against the reference, then time them in turns."""
     step = make_step(shape)
     floor = shape.floor(machine["read_bytes_per_second"], machine["bf16_flops_per_second"]) * 1e6
     row = Row(shape.name, shape.heads, shape.heads * shape.queries, floor)
@@ -131,12 +144,6 @@ def measure(shape: Shape, names: Iterable[str], machine: dict[str, float], stopw
         except Exception as problem:  # a peer that cannot take a shape is a result, and any kind of error may say so
             torch.cuda.synchronize()
             row.timings[name].failure = f"{type(problem).__name__}: {problem}"[:200]
-    times: dict[str, list[float]] = {name: [] for name in graphs}
-    rng = random.Random(0)
-    for _ in range(repeats):
-        # Clocks are lower after a long kernel, so nobody follows it always.
-        for name in rng.sample(list(graphs), len(graphs)):
-            times[name].append(stopwatch.microseconds(graphs[name]))
-    for name, values in times.items():
+    for name, values in interleaved(graphs, stopwatch, repeats).items():
         row.timings[name] = Timing(statistics.median(values), min(values), max(values))
     return row

@@ -13,7 +13,7 @@ constexpr int kMathThreads = 256, kThreads = kMathThreads + 128;
 constexpr int kPageTokens = 64, kColumns = 576, kTokenBytes = kColumns * sizeof(Element), kPageBytes = kPageTokens * kTokenBytes;
 constexpr int kBoxColumns = 64, kBoxes = kColumns / kBoxColumns;
 constexpr int kFactorBytes = kPageBytes / 2;  // of what has been read, which products read
-constexpr int kMostStages = 16;
+constexpr int kMostStages = 3 * kPageTokens / 16;  // 16 tokens at a time at least
 constexpr double kFlopsOfMixture = 2.0 * 64 * 64 * (288 + 256), kFlopsOfWide = 2.0 * 64 * 256 * 16 * 16;
 
 struct Shared {

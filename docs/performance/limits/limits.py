@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import ctypes
 import json
-import random
 import statistics
 from collections.abc import Callable
 from functools import partial
@@ -21,17 +20,15 @@ from pathlib import Path
 import torch
 
 from mla_backend.bench.contenders import ours
-from mla_backend.bench.measure import Stopwatch, capture, ceilings, make_step
+from mla_backend.bench.measure import Stopwatch, capture, ceilings, interleaved, make_step
 from mla_backend.bench.report import about
 from mla_backend.bench.shapes import DEFAULT, Shape
 
 LONG = 100e-6  # seconds of the floor from which on products are measured, too
 MANY_ROWS = 64  # query rows of a request, likewise
 
-Work = Callable[..., None]
 
-
-def kernel(library: ctypes.CDLL, shape: Shape) -> tuple[Callable[[], object], Work]:
+def kernel(library: ctypes.CDLL, shape: Shape) -> tuple[Callable[[], object], Callable[..., None]]:
     """Return our kernel's call for a shape, and `limits_work` for its cache."""
     step = make_step(shape)
     pages = step.kv_cache.shape[0]
@@ -92,11 +89,7 @@ def main() -> None:
     for shape in DEFAULT:
         timed = calls(library, shape)
         graphs = {name: capture(call) for name, call in timed.items()}
-        times: dict[str, list[float]] = {name: [] for name in graphs}
-        rng = random.Random(0)
-        for _ in range(options.repeats):
-            for name in rng.sample(list(graphs), len(graphs)):
-                times[name].append(stopwatch.microseconds(graphs[name]))
+        times = interleaved(graphs, stopwatch, options.repeats)
         medians = {name: statistics.median(values) for name, values in times.items()}
         floor = shape.floor(machine["read_bytes_per_second"], machine["bf16_flops_per_second"]) * 1e6
         rows.append({"shape": shape.name, "floor": floor, "flops": shape.flops, "medians": medians})

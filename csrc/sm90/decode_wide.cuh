@@ -75,9 +75,11 @@ constexpr float kLeastHalf = 1.f / 256, kMostHalf = 32768;
 template <typename Element, int kRows>
 class WideConsumer {
   using Shared = WideShared<Element, kRows>;
-  static constexpr bool kSharesRows = kRows == 64;  // both warpgroups have the same rows, and take turns with the tiles
-  static constexpr int kGroups = 4;                 // of a worker
-  using Part = Part16;                              // half of the bytes are worth the instructions
+  static constexpr bool kSharesRows = kRows == 64;         // both warpgroups have the same rows, and take turns with the tiles
+  static constexpr int kTilesApart = kSharesRows ? 2 : 1;  // of a warpgroup
+  static constexpr int kGroups = 4;                        // of a worker
+  using Place = typename decltype(Shared::tiles)::Place;
+  using Part = Part16;                                     // half of the bytes are worth the instructions
   static constexpr int kPlaceAccumulators = Part::kColumns * 2;  // of both rows, in a place
 
  public:
@@ -116,10 +118,8 @@ class WideConsumer {
   // Read anew where it is needed once: registers are scarce.
   __device__ __forceinline__ const Piece& piece() const { return shared.work[pieces_done & 1]; }
 
-  // This warpgroup's tiles are counted from 0; number() counts those of the block, token() is the first of a tile. Tokens
-  // are counted from the first one of the piece.
+  // This warpgroup's tiles are counted from 0; token() is the first of a tile. Tokens are counted from the first one of the piece.
   __device__ __forceinline__ int in_piece(int tile) const { return kSharesRows ? 2 * tile + group : tile; }
-  __device__ __forceinline__ int number(int tile) const { return tiles_before + in_piece(tile); }
   __device__ __forceinline__ int token(int tile) const { return in_piece(tile) * kTileTokens; }
 
   // The warpgroup's first row in the block of rows, and in the request.
@@ -139,6 +139,7 @@ class WideConsumer {
 
   __device__ __forceinline__ void attend() {
     all_visible = visible_to(0);
+    keys_place = values_place = Place(tiles_before + in_piece(0));
     load_rope();
 #pragma unroll
     for (int i = 0; i < 2; ++i) reference[i] = -INFINITY, sum[i] = 0;
@@ -153,7 +154,7 @@ class WideConsumer {
         softmax(score, probability, tile);
         receive(probability, out, tile);
         start_values(out, probability, tile);
-        finish_values(out, tile);
+        finish_values(out);
       }
     } else {
       // What is sent is on its way while this warpgroup multiplies: scores during the product with the values of the tile
@@ -170,7 +171,7 @@ class WideConsumer {
         receive(probability, out, tile);
         start_values(out, probability, tile);
         softmax(score, next_probability, tile + 1);
-        finish_values(out, tile);
+        finish_values(out);
 #pragma unroll
         for (int j = 0; j < 16; ++j) asm volatile("" : "+r"(probability[j]));  // the tensor cores read it until here
 #pragma unroll
@@ -183,7 +184,7 @@ class WideConsumer {
       shared.queries.release(pieces_done);
       receive(probability, out, tiles - 1);
       start_values(out, probability, tiles - 1);
-      finish_values(out, tiles - 1);
+      finish_values(out);
     }
     if (tiles > 0) {
 #pragma unroll
@@ -232,11 +233,12 @@ class WideConsumer {
   // Scores of this warpgroup's rows with a tile, over the numbers that this block has of both, the own tokens' first. The
   // other tokens' are sent: the other block completes them.
   __device__ __forceinline__ void compute_scores(float (&score)[32], int tile) {
-    auto& keys = shared.tile[ptx::uniform(shared.tiles.stage(number(tile)))];
+    auto& keys = shared.tile[ptx::uniform(keys_place.stage)];
     const ptx::Matrix q(ptx::shared_address(shared.query.latent) + group_row() * 128, 0, 1024);
     const ptx::Matrix k(ptx::shared_address(keys.latent), 0, 1024);
     const ptx::Matrix k_rope(ptx::shared_address(keys.rope), 0, 512, ptx::Swizzle::k64Bytes);
-    shared.tiles.wait_full(number(tile));
+    shared.tiles.wait_full(keys_place);
+    keys_place.advance(kTilesApart);
     if (!kSharesRows) take_turn();
     ptx::wgmma_fence();
 #pragma unroll
@@ -267,7 +269,7 @@ class WideConsumer {
 
   // Add probabilities times values of a tile to the output.
   __device__ __forceinline__ void start_values(float (&out)[128], const uint32_t (&probability)[16], int tile) {
-    auto& latent = shared.tile[ptx::uniform(shared.tiles.stage(number(tile)))].latent;
+    auto& latent = shared.tile[ptx::uniform(values_place.stage)].latent;
     if (const int valid = tokens - token(tile); valid < kTileTokens) {
       clear_rows_from(valid, latent, kGroupBarrier + group, rank * kHalfTokens);
     }
@@ -281,10 +283,11 @@ class WideConsumer {
     ptx::wgmma_commit();
   }
 
-  __device__ __forceinline__ void finish_values(float (&out)[128], int tile) {
+  __device__ __forceinline__ void finish_values(float (&out)[128]) {
     ptx::wgmma_wait<0>();
     ptx::keep(out);
-    if (thread == 0) shared.tiles.release(number(tile));
+    if (thread == 0) shared.tiles.release(values_place);
+    values_place.advance(kTilesApart);
   }
 
   __device__ __forceinline__ int message(int tile) const { return (kSharesRows ? tiles_done : tiles_before) + tile; }
@@ -626,6 +629,7 @@ class WideConsumer {
   int tokens;            // of the request, from the piece's first on
   int all_visible;       // of them, to all of this warpgroup's rows
   int tiles;             // the warpgroup's of this piece
+  Place keys_place{0}, values_place{0};  // of the tile whose keys come next, and values
   int tiles_before = 0;  // the block's of all pieces before
   int tiles_done = 0, pieces_done = 0, meetings = 0;  // by this warpgroup so far
   // In base 2: what the own rows' probabilities are relative to, and their sums; the same of a tile's own tokens.

@@ -1,8 +1,9 @@
 """The command `mla-bench-engine`: whole decode steps of vLLM, one attention backend after the other.
 
 The model has the shape of DeepSeek-V2-Lite and dummy weights, so nothing is downloaded; its steps are as long as the
-real one's except for which experts the tokens go to. Each backend gets a process of its own, with the engine inside it
-and nothing scheduled ahead, so that a call of the engine is one step from its inputs to its tokens.
+real one's except for which experts the tokens go to. Each backend gets a process of its own, with the engine inside it.
+The engine schedules as it does by default, the next step while the GPU works on this one, so that a call of it returns
+one step's tokens, and from call to call passes the time of a step as users have it.
 """
 
 from __future__ import annotations
@@ -97,7 +98,7 @@ class Row:
         requests: requests in the step, each with one query token.
         tokens: cached tokens of each request when its prefill ends.
         backend: the attention backend, as vLLM names it.
-        median: time of a step as the engine's caller sees it, so with the work on the CPU.
+        median: time of a step as the engine's caller sees it, so with what work of the CPU the GPU waits for.
         fastest: the same for the fastest step.
         slowest: the same for the slowest step.
         gpu: time per step in which the GPU runs a kernel.
@@ -145,7 +146,6 @@ def start(backend: str, shapes: list[tuple[int, int]]) -> Any:
             max_num_seqs=sizes[-1],
             max_num_batched_tokens=PREFILL_TOKENS,
             enable_prefix_caching=False,
-            async_scheduling=False,
             enable_flashinfer_autotune=False,
         )
 
@@ -194,6 +194,7 @@ def covered(spans: Iterable[tuple[float, float]]) -> float:
 
 def profile_steps(step: Callable[[], None], row: Row, trace: Path | None) -> None:
     """Fill in what `row` says of the GPU, from a few steps; write their Chrome trace and a picture of it."""
+    torch.cuda.synchronize()  # the step that is under way already is none of those that are launched from here on
     with profile(activities=[ProfilerActivity.CUDA]) as profiler:
         for _ in range(PROFILED):
             step()

@@ -158,12 +158,12 @@ def draw_layer(path: Path, trace: Path, attention: str) -> None:
             low = height + 0.25 * min(begins_before_last, 2)  # kernels that overlap
             axes.broken_barh([(event["ts"] - begin, event["dur"])], (low, 0.5), color=colour, edgecolor="black", lw=0.4)
             if lane == "CPU":
-                axes.text(1, height + 0.1, event["name"], fontsize=8)
+                axes.text(max(1, event["ts"] - begin + 1), height + 0.2, event["name"], fontsize=8)
     axes.set_xlim(-0.02 * (end - begin), end - begin)
     axes.set_yticks([height + 0.3 for height in range(len(lanes))], list(lanes))
     axes.set_xlabel("microseconds")
     handles = [pyplot.Rectangle((0, 0), 1, 1, color=colour, label=name) for name, colour in colours.items()]
-    axes.legend(handles=handles, loc="upper right")
+    axes.legend(handles=handles, loc="lower right", bbox_to_anchor=(1, 1), frameon=False)
     axes.set_title(f"one layer of a decode step, {trace.stem}")
     figure.tight_layout()
     figure.savefig(path)

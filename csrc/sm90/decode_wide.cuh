@@ -139,7 +139,7 @@ class WideConsumer {
 
   __device__ __forceinline__ void attend() {
     all_visible = visible_to(0);
-    keys_place = values_place = Place(tiles_before + in_piece(0));
+    keys_place = values_place = tiles_before + in_piece(0);
     load_rope();
 #pragma unroll
     for (int i = 0; i < 2; ++i) reference[i] = -INFINITY, sum[i] = 0;
@@ -629,7 +629,7 @@ class WideConsumer {
   int tokens;            // of the request, from the piece's first on
   int all_visible;       // of them, to all of this warpgroup's rows
   int tiles;             // the warpgroup's of this piece
-  Place keys_place{0}, values_place{0};  // of the tile whose keys come next, and values
+  Place keys_place = 0, values_place = 0;  // of the tile whose keys come next, and values
   int tiles_before = 0;  // the block's of all pieces before
   int tiles_done = 0, pieces_done = 0, meetings = 0;  // by this warpgroup so far
   // In base 2: what the own rows' probabilities are relative to, and their sums; the same of a tile's own tokens.

@@ -43,14 +43,13 @@ struct Pipeline {
   uint64_t full[kStages], empty[kStages];
 
   __device__ static int stage(int number) { return number % kStages; }
-  __device__ static uint32_t round(int number) { return number / kStages & 1; }
 
-  // Of what is brought: its stage, and which of two rounds of all stages it is in. For loops that would wait for the division.
+  // Of what is brought: its stage, and which of two rounds of all stages it is in. Loops that would wait for the division keep one.
   struct Place {
     int stage;
     uint32_t round;
 
-    __device__ explicit Place(int number) : stage(Pipeline::stage(number)), round(Pipeline::round(number)) {}
+    __device__ Place(int number) : stage(Pipeline::stage(number)), round(number / kStages & 1) {}
 
     __device__ void advance(int by) {
       stage += by;
@@ -66,10 +65,8 @@ struct Pipeline {
   }
 
   __device__ void wait_full(Place place) { ptx::mbarrier_wait(&full[place.stage], place.round); }
-  __device__ void wait_full(int number) { wait_full(Place(number)); }
-  __device__ void wait_empty(int number) { ptx::mbarrier_wait(&empty[stage(number)], round(number) ^ 1); }
+  __device__ void wait_empty(Place place) { ptx::mbarrier_wait(&empty[place.stage], place.round ^ 1); }
   __device__ void release(Place place) { ptx::mbarrier_arrive(&empty[place.stage]); }
-  __device__ void release(int number) { release(Place(number)); }
 };
 
 // Clocks that pass after a block's first tile has been asked for and before the next is. Asked for together by all blocks, they

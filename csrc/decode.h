@@ -36,30 +36,31 @@ constexpr int kSmallStep = 3072;  // 226 MB, four times what the L2 cache holds:
 constexpr int kShareNumbers = sizeof(Share) / sizeof(int32_t);
 
 struct DecodeParams {
-  // Queries [tokens, heads, 512] and [tokens, heads, 64].
-  const void* q_nope;
-  const void* q_pe;
-  int64_t q_nope_token_stride, q_nope_head_stride;
-  int64_t q_pe_token_stride, q_pe_head_stride;
-  bool queries_are_vectors;  // every row starts at a multiple of 16 bytes, as the copy engine wants it
-
+  // First what the first page is found and asked for with.
+  const Share* shares;         // [workers], the schedule; those of later tiles first
   const int32_t* block_table;  // [requests, max_pages]
   int64_t block_table_stride;
-  const int32_t* seq_lens;         // [requests]
-  const int32_t* query_start_loc;  // [requests + 1]
-  const Share* shares;             // [workers], the schedule; those of later tiles first
-
-  int tokens, heads, requests, page_size;
-  int max_query_len;          // query tokens that a request may have
-  int workers;                // thread blocks, or clusters of them, that share the tiles
-  uint32_t heads_reciprocal, boxes_reciprocal;  // for quotient()
+  int requests, page_size;
   // Set with the choice of the kernel: a request's query rows (token and head) are handled in blocks of whole tokens, each of
   // them by all workers.
   int block_rows, row_blocks;
   int box_shift;       // the copy engine brings 2^box_shift tokens of a page at a time,
   int boxes_per_page;  // so many times
+  uint32_t heads_reciprocal, boxes_reciprocal;  // for quotient()
+  const int32_t* seq_lens;         // [requests]
+  const int32_t* query_start_loc;  // [requests + 1]
+  int tokens, heads;
+  int max_query_len;          // query tokens that a request may have
+  int workers;                // thread blocks, or clusters of them, that share the tiles
   bool causal;
+  bool queries_are_vectors;  // every row of the queries starts at a multiple of 16 bytes, as the copy engine wants it
   float softmax_scale;
+
+  // Queries [tokens, heads, 512] and [tokens, heads, 64].
+  const void* q_nope;
+  const void* q_pe;
+  int64_t q_nope_token_stride, q_nope_head_stride;
+  int64_t q_pe_token_stride, q_pe_head_stride;
 
   // Output [tokens, heads, 512], contiguous in the last dimension.
   void* out;

@@ -15,7 +15,7 @@ namespace mla_backend::sm90 {
 
 constexpr int kColumnBlocks = kHeadDim / 64;
 constexpr int kGroupBlocks = kLatentDim / 64 / 2;  // blocks of 64 output columns of a warpgroup
-constexpr int kMathBarrier = kGroupBarrier + 2;    // named barrier of both warpgroups
+constexpr int kMathBarrier = kQueriesBarrier + 1;  // named barrier of both warpgroups
 
 // How the warpgroups divide the scores of N rows.
 template <int kN>
@@ -39,7 +39,7 @@ struct alignas(1024) NarrowShared {
   alignas(8) float factor[Scores::kByRows ? kN : 1], reference[Scores::kByRows ? kN : 1];
   Piece work[2];
   SplitPieces split;
-  Pipeline<2> tiles;
+  Pipeline<2, kColumnBlocks> tiles;
   Pipeline<kQueryStages> queries;
   uint64_t scores_full;
 };
@@ -198,7 +198,6 @@ __device__ void consume_narrow(const DecodeParams& params, NarrowShared<Element,
       const int first = t * kTileTokens;
       ColumnBlock<Element>(&tile)[kColumnBlocks] = shared.tile[ptx::uniform(shared.tiles.stage(number))];
       const uint32_t own_values = ptx::shared_address(tile[group * kGroupBlocks]);
-      shared.tiles.wait_full(number);
 
       // score[4 * j + 2 * i + e] is token own_token + 8 * i and query row first_row + own_column(2 * j + e).
       float score[kScores];
@@ -210,6 +209,7 @@ __device__ void consume_narrow(const DecodeParams& params, NarrowShared<Element,
 #pragma unroll
       for (int step = 0; step < kColumnBlocks * kBlockSteps; ++step) {
         const uint32_t block = step / kBlockSteps, inner = step % kBlockSteps * 32;
+        if (step % kBlockSteps == 0) shared.tiles.wait_full(number, block);  // products begin before all of the tile is there
         ptx::wgmma<Element>(score, keys.at(block * sizeof(ColumnBlock<Element>) + inner),
                             query.at(block * sizeof(shared.query[0][0]) + inner), step > 0);
       }
@@ -426,37 +426,28 @@ template <typename Element, int kN>
 __global__ void __launch_bounds__(NarrowRegisters<kN>::kThreads, 1)
     decode_narrow_kernel(const __grid_constant__ DecodeParams params, const __grid_constant__ TensorMaps maps) {
   auto& shared = shared_memory<NarrowShared<Element, kN>>();
-  if (threadIdx.x == 0) {
-    maps.prefetch();
-    shared.tiles.initialise(1, 2);
-    shared.queries.initialise(32, kMathThreads);
-    ptx::mbarrier_init(&shared.scores_full, kMathThreads);
-    ptx::fence_mbarrier_init();
-  }
-  Pieces pieces(params);
-  if (brings_something()) pieces.find(blockIdx.x);
-  __syncthreads();
   run_roles<NarrowRegisters<kN>::kMath, NarrowRegisters<kN>::kOther>(
-      [&](int warp) {
+      params, blockIdx.x,
+      [&](Pieces& pieces, int warp) {
         if (warp > 0) return;
-        bring_tiles(params, pieces, shared.tiles, kHeadDim * sizeof(Element),
+        bring_tiles<1>(params, pieces, shared.tiles, kHeadDim * sizeof(Element),
                     [&](int stage, int tile_row, int page, int page_row, auto tma_load) {
                       const int block = threadIdx.x % 32;
                       if (block < kColumnBlocks) {
                         tma_load(&shared.tile[stage][block][tile_row], &maps.latent, block * 64, page_row, page,
-                                 &shared.tiles.full[stage]);
+                                 &shared.tiles.full[stage][block]);
                       }
                     });
       },
-      [&] {
-        bring_queries(
+      [&](Pieces& pieces) {
+        bring_queries<1>(
             params, pieces, shared.queries, shared.work, shared.split, params.block_rows * kHeadDim * sizeof(Element),
             [&](int stage, int token) {
               const int block = threadIdx.x % 32;
               if (block < kColumnBlocks) {
                 const bool rope = block == kLatentDim / 64;
                 ptx::tma_load(&shared.query[stage][block], rope ? &maps.rope_query : &maps.latent_query,
-                              rope ? 0 : block * 64, 0, token, &shared.queries.full[stage]);
+                              rope ? 0 : block * 64, 0, token, shared.queries.full[stage]);
               }
             },
             [&](int stage, const Piece& piece) {
@@ -470,7 +461,14 @@ __global__ void __launch_bounds__(NarrowRegisters<kN>::kThreads, 1)
                   piece.rows(params), [&](int row, int chunk) { return place(row, kLatentDim / 8 + chunk); });
             });
       },
-      [&] { consume_narrow<Element, kN>(params, shared); }, [&] { prefetch_code(), clear_rows<Element>(params); });
+      [&] {
+        maps.prefetch();
+        shared.tiles.initialise(1, 2);
+        shared.queries.initialise(32, kMathThreads);
+        ptx::mbarrier_init(&shared.scores_full, kMathThreads);
+      },
+      [&] { consume_narrow<Element, kN>(params, shared); }, [] { __syncthreads(); },
+      [&] { clear_rows<Element>(params); });
 }
 
 }  // namespace mla_backend::sm90

@@ -21,7 +21,7 @@ namespace mla_backend::sm90 {
 constexpr int kBlockLatent = kLatentDim / 2, kBlockRope = kRopeDim / 2;
 constexpr int kLatentBlocks = kBlockLatent / 64;
 constexpr int kHalfTokens = kTileTokens / 2;
-constexpr int kTurnBarrier = kGroupBarrier + 2;  // and the next one: it is warpgroup 0's or 1's turn
+constexpr int kTurnBarrier = kQueriesBarrier + 1;  // and the next one: it is warpgroup 0's or 1's turn
 
 template <typename Element, int kRows>
 struct alignas(1024) WideShared {
@@ -640,31 +640,15 @@ template <typename Element, int kRows>
 __global__ void __cluster_dims__(2) __launch_bounds__(kThreads, 1)
     decode_wide_kernel(const __grid_constant__ DecodeParams params, const __grid_constant__ TensorMaps maps) {
   auto& shared = shared_memory<WideShared<Element, kRows>>();
-  if (threadIdx.x == 0) {
-    maps.prefetch();
-    shared.tiles.initialise(2, kRows / 64);
-    shared.queries.initialise(32, kMathThreads);
-    for (int i = 0; i < 2; ++i) {
-      for (int slot = 0; slot < 2; ++slot) {
-        ptx::mbarrier_init(&shared.scores_full[i][slot], 1);
-        ptx::mbarrier_init(&shared.probabilities_full[i][slot], 1);
-      }
-      ptx::mbarrier_init(&shared.exchanged_full[i], 1);
-    }
-    ptx::mbarrier_init(&shared.met, kMathThreads);
-    ptx::fence_mbarrier_init();
-  }
-  Pieces pieces(params);
-  if (brings_something()) pieces.find(blockIdx.x / 2);
-  ptx::cluster_sync();
   const int rank = ptx::cluster_rank();
   run_roles<224, 56>(  // 168 for each of 384 threads
-      [&](int warp) {
-        bring_tiles(params, pieces, shared.tiles, (kBlockLatent + kBlockRope) * sizeof(Element),
+      params, blockIdx.x / 2,
+      [&](Pieces& pieces, int warp) {
+        bring_tiles<2>(params, pieces, shared.tiles, (kBlockLatent + kBlockRope) * sizeof(Element),
                     [&](int stage, int token, int page, int page_row, auto tma_load) {
                       auto& tile = shared.tile[stage];
                       const int tile_row = token ^ rank * kHalfTokens;  // the own tokens first
-                      uint64_t* full = &shared.tiles.full[stage];
+                      uint64_t* full = shared.tiles.full[stage];
                       const int block = threadIdx.x % 32;
                       if (block <= kLatentBlocks) {
                         const bool rope = block == kLatentBlocks;
@@ -673,10 +657,10 @@ __global__ void __cluster_dims__(2) __launch_bounds__(kThreads, 1)
                                  rope ? kLatentDim + rank * kBlockRope : rank * kBlockLatent + block * 64, page_row, page, full);
                       }
                     },
-                    warp, 2);
+                    warp);
       },
-      [&] {
-        bring_queries(
+      [&](Pieces& pieces) {
+        bring_queries<2>(
             params, pieces, shared.queries, shared.work, shared.split,
             params.block_rows * (kBlockLatent + kBlockRope) * sizeof(Element),
             [&](int, int token) {
@@ -686,7 +670,7 @@ __global__ void __cluster_dims__(2) __launch_bounds__(kThreads, 1)
                 ptx::tma_load(rope ? &shared.query.rope[0][0] : &shared.query.latent[block][0][0],
                               rope ? &maps.rope_query : &maps.latent_query,
                               rank * (rope ? kBlockRope : kBlockLatent) + (rope ? 0 : block * 64), 0, token,
-                              &shared.queries.full[0]);
+                              shared.queries.full[0]);
               }
             },
             [&](int, const Piece& piece) {
@@ -703,7 +687,21 @@ __global__ void __cluster_dims__(2) __launch_bounds__(kThreads, 1)
                   [&](int row, int chunk) { return ptx::shared_address(shared.query.rope) + swizzled_64(row, chunk); });
             });
       },
-      [&] { WideConsumer<Element, kRows>(params, shared).run(); }, [&] { prefetch_code(), clear_rows<Element>(params); });
+      [&] {
+        maps.prefetch();
+        shared.tiles.initialise(2, kRows / 64);
+        shared.queries.initialise(32, kMathThreads);
+        for (int i = 0; i < 2; ++i) {
+          for (int slot = 0; slot < 2; ++slot) {
+            ptx::mbarrier_init(&shared.scores_full[i][slot], 1);
+            ptx::mbarrier_init(&shared.probabilities_full[i][slot], 1);
+          }
+          ptx::mbarrier_init(&shared.exchanged_full[i], 1);
+        }
+        ptx::mbarrier_init(&shared.met, kMathThreads);
+      },
+      [&] { WideConsumer<Element, kRows>(params, shared).run(); }, [] { ptx::cluster_sync(); },
+      [&] { clear_rows<Element>(params); });
   ptx::cluster_sync();  // until then the other block may still store into this one
 }
 

@@ -10,6 +10,7 @@ namespace mla_backend::sm90 {
 constexpr int kMathThreads = 256;
 constexpr int kThreads = kMathThreads + 128;
 constexpr int kGroupBarrier = 1;  // and the next one: named barriers of one mathematics warpgroup each
+constexpr int kQueriesBarrier = 3;  // of the warps that bring something
 constexpr float kLog2E = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
 
 // 64 columns of a tile: 64 rows of 128 bytes.
@@ -35,12 +36,12 @@ struct TensorMaps {
   }
 };
 
-// The stages that tiles or queries lie in, and the barriers that say when one is full and when it is empty again, with so many
-// threads arriving. `number` counts what has been brought to this block so far.
-template <int kStages_>
+// The stages that tiles or queries lie in, and the barriers that say when one is full, of which each of its equally large parts has
+// its own, and when it is empty again. `number` counts what has been brought to this block so far.
+template <int kStages_, int kParts_ = 1>
 struct Pipeline {
-  static constexpr int kStages = kStages_;
-  uint64_t full[kStages], empty[kStages];
+  static constexpr int kStages = kStages_, kParts = kParts_;
+  uint64_t full[kStages][kParts], empty[kStages];
 
   __device__ static int stage(int number) { return number % kStages; }
 
@@ -57,14 +58,15 @@ struct Pipeline {
     }
   };
 
+  // How many threads say that a part is full and that a stage is empty.
   __device__ void initialise(int producers, int consumers) {
     for (int i = 0; i < kStages; ++i) {
-      ptx::mbarrier_init(&full[i], producers);
+      for (uint64_t& part : full[i]) ptx::mbarrier_init(&part, producers);
       ptx::mbarrier_init(&empty[i], consumers);
     }
   }
 
-  __device__ void wait_full(Place place) { ptx::mbarrier_wait(&full[place.stage], place.round); }
+  __device__ void wait_full(Place place, int part = 0) { ptx::mbarrier_wait(&full[place.stage][part], place.round); }
   __device__ void wait_empty(Place place) { ptx::mbarrier_wait(&empty[place.stage], place.round ^ 1); }
   __device__ void release(Place place) { ptx::mbarrier_arrive(&empty[place.stage]); }
 };
@@ -76,13 +78,13 @@ constexpr int kHeadStart = 1000;
 
 // A tile warp: bring the tiles of this worker's share, stage after stage, as consumers empty them. `load(stage, token, page,
 // page_row, tma_load)` starts the copies of a box of tokens with that function, each by a lane of its own, `token_bytes` for each
-// token. This is number `warp` of `warps` tile warps, which bring boxes in turn, as to start a copy takes a warp about 80 clocks.
+// token. This is number `warp` of kWarps tile warps, which bring boxes in turn, as to start a copy takes a warp about 80 clocks.
 //
 // Every instruction up to the first copy is waited for, as nobody has needed it before, so there are as few as can be: the code
 // has one copy for all lanes, with either policy, and nothing is unrolled.
-template <typename Pipeline, typename Load>
+template <int kWarps, typename Pipeline, typename Load>
 __device__ __forceinline__ void bring_tiles(const DecodeParams& params, Pieces& pieces, Pipeline& pipeline, int token_bytes,
-                                            Load load, int warp = 0, int warps = 1) {
+                                            Load load, int warp = 0) {
   const bool evict_first = pieces.read_little_once();
   const int lane = threadIdx.x % 32;
   const int shift = params.box_shift, box_tokens = 1 << shift, tile_boxes = kTileTokens >> shift;
@@ -99,24 +101,24 @@ __device__ __forceinline__ void bring_tiles(const DecodeParams& params, Pieces& 
     const int seq_len = piece.seq_len;
     if (params.page_size < kTileTokens) boxes = min(boxes, seq_len + box_tokens - 1 >> shift);
     const auto page_of = [&](int box) { return box < boxes ? pages[page_index(box)] : 0; };
-    int page = page_of(first_box + lane), next_page = page_of(first_box + 32 + lane);
+    int page = page_of(first_box + lane), next_page = 0;
     pieces.find_queries(piece);
     if (static_cast<int>(blockIdx.y) * params.block_rows >= piece.rows(params)) continue;
 #pragma unroll 1
     for (int tile = piece.first_tile; tile < piece.last_tile; ++tile, ++number) {
       const int index = (tile - piece.first_tile) * tile_boxes;
-      if (index % 32 == 0 && index > 0) {
-        page = next_page;
-        next_page = page_of(first_box + index + 32 + lane);
-      }
+      if (index % 32 == 0 && index > 0) page = next_page;
       const int first = tile * kTileTokens, stage = pipeline.stage(number);
       const int tokens = min(kTileTokens, seq_len - first + box_tokens - 1 >> shift << shift);
       pipeline.wait_empty(number);
+      if (number == 0) ptx::named_barrier_sync<32 * (1 + kWarps)>(kQueriesBarrier);
       // Both warps arrive, even where one has no box to bring, or it could fall behind by a round of stages.
-      if (lane == 0 && warp == 0) ptx::mbarrier_arrive_expect_tx(&pipeline.full[stage], tokens * token_bytes);
-      if (lane == 0 && warp > 0) ptx::mbarrier_arrive(&pipeline.full[stage]);
+      if (lane < Pipeline::kParts) {
+        uint64_t* const full = &pipeline.full[stage][lane];
+        warp == 0 ? ptx::mbarrier_arrive_expect_tx(full, tokens * (token_bytes / Pipeline::kParts)) : ptx::mbarrier_arrive(full);
+      }
 #pragma unroll 1
-      for (int box = warp, row = box << shift; row < tokens; box += warps, row = box << shift) {
+      for (int box = warp, row = box << shift; row < tokens; box += kWarps, row = box << shift) {
         const int box_page = __shfl_sync(~0u, page, (index + box) % 32);
         const int all_boxes = first_box + index + box, page_box = all_boxes - page_index(all_boxes) * params.boxes_per_page;
         // To ask for the usual policy in words, as the other is asked for, takes 5 % longer.
@@ -127,6 +129,7 @@ __device__ __forceinline__ void bring_tiles(const DecodeParams& params, Pieces& 
         }
       }
       __syncwarp();
+      if (index % 32 == 0) next_page = page_of(first_box + index + 32 + lane);
       if (number == 0) ptx::wait_clocks(kHeadStart);
     }
   }
@@ -171,12 +174,16 @@ constexpr uint32_t kAllStarted = 1 << 20;
 // query token, `bytes` in all, each by a lane of its own; `copy(stage, piece)` does the same without the copy engine, and all lanes
 // write. So all arrive at the barrier. Rows past the request's are whatever lies there, and nobody looks at what becomes of them.
 // `split` gets the pieces that are parts of requests which all of their workers combine, or the request that a helper combines.
-template <typename Pipeline, typename Load, typename Copy>
+//
+// The first queries are asked for before the first tile: the copy engine takes orders in turn, and where the first pages lie it
+// finds out in 2 us.
+template <int kTileWarps, typename Pipeline, typename Load, typename Copy>
 __device__ void bring_queries(const DecodeParams& params, Pieces& pieces, Pipeline& pipeline, Piece* work, SplitPieces& split,
                               int bytes, Load load, Copy copy) {
   const int lane = threadIdx.x % 32;
   int number = 0, split_pieces = 0;
   Piece piece;
+  if (pieces.any()) pieces.ask_for_queries();
   // Before this worker's own parts can be counted.
   if (lane == 0 && pieces.begins_combined()) ptx::set_zero_to(arrivals(params, pieces.begun_slot()), kAllStarted);
   while (pieces.take(piece)) {
@@ -188,22 +195,23 @@ __device__ void bring_queries(const DecodeParams& params, Pieces& pieces, Pipeli
     }
     const int stage = pipeline.stage(number);
     pipeline.wait_empty(number);
+    if (params.queries_are_vectors) {
+      load(stage, piece.first_token + query_of_row(params, first_row));
+      __syncwarp();
+    } else {
+      copy(stage, piece);
+      ptx::fence_proxy_async();
+    }
+    if (number == 0) ptx::named_barrier_arrive<32 * (1 + kTileWarps)>(kQueriesBarrier);
     if (lane == 0) work[number & 1] = piece;
     if (piece.combined()) {
       if (lane == 0) split.piece[split_pieces] = piece;
       ++split_pieces;
     }
-    if (params.queries_are_vectors) {
-      if (lane == 0) {
-        ptx::mbarrier_arrive_expect_tx(&pipeline.full[stage], bytes);
-      } else {
-        ptx::mbarrier_arrive(&pipeline.full[stage]);
-      }
-      load(stage, piece.first_token + query_of_row(params, first_row));
+    if (params.queries_are_vectors && lane == 0) {
+      ptx::mbarrier_arrive_expect_tx(pipeline.full[stage], bytes);
     } else {
-      copy(stage, piece);
-      ptx::fence_proxy_async();
-      ptx::mbarrier_arrive(&pipeline.full[stage]);
+      ptx::mbarrier_arrive(pipeline.full[stage]);
     }
     ++number;
   }
@@ -215,7 +223,7 @@ __device__ void bring_queries(const DecodeParams& params, Pieces& pieces, Pipeli
   pipeline.wait_empty(number);
   if (lane == 0) work[number & 1] = {};
   if (lane == 0) split.count = split_pieces;
-  ptx::mbarrier_arrive(&pipeline.full[pipeline.stage(number)]);
+  ptx::mbarrier_arrive(pipeline.full[pipeline.stage(number)]);
 }
 
 // What lies in a tile past the request's last token would meet probability 0, and 0 x NaN is NaN: make it zeros.
@@ -368,11 +376,6 @@ __device__ Shared& shared_memory() {
   return *reinterpret_cast<Shared*>(memory);
 }
 
-// Whether a warp brings tiles or queries. These look up the schedule while the pipelines are initialised.
-__device__ __forceinline__ bool brings_something() {
-  return threadIdx.x >= kMathThreads && threadIdx.x < kMathThreads + 96;
-}
-
 // Bring the kernel's code to L2, 32 lines for each of the first blocks. Other kernels have driven it out since the last time, and
 // every block would wait for memory where it comes to code that nobody has run yet. Called by a warp of each block.
 __device__ __forceinline__ void prefetch_code() {
@@ -384,18 +387,29 @@ __device__ __forceinline__ void prefetch_code() {
 
 // Divide the block's threads into their roles: mathematics, two warps that bring tiles, one that brings queries, and the rest.
 // Together they can have at most the registers that the block was started with, or the increase waits for ever.
-template <int kMathRegisters, int kOtherRegisters, typename Tiles, typename Queries, typename Consume, typename Rest>
-__device__ void run_roles(Tiles tiles, Queries queries, Consume consume, Rest rest) {
-  if (threadIdx.x < kMathThreads) {
+//
+// Nothing comes before: instructions that nobody has run yet come from memory, and those up to the first copy are what everybody
+// waits for. So the mathematics initialises the mbarriers while whoever brings something looks up the schedule, and then all meet.
+template <int kMathRegisters, int kOtherRegisters, typename Tiles, typename Queries, typename Initialise, typename Consume,
+          typename Meet, typename Rest>
+__device__ void run_roles(const DecodeParams& params, int share, Tiles tiles, Queries queries, Initialise initialise,
+                          Consume consume, Meet meet, Rest rest) {
+  const int warp = ptx::uniform(threadIdx.x / 32) - kMathThreads / 32;
+  Pieces pieces(params);
+  if (warp >= 0 && warp < 3) pieces.find(share);
+  if (threadIdx.x == 0) initialise(), ptx::fence_mbarrier_init();
+  if (warp == 3) prefetch_code();
+  meet();
+  if (warp < 0) {
     ptx::setmaxnreg_inc<kMathRegisters>();
     consume();
   } else {
     ptx::setmaxnreg_dec<kOtherRegisters>();
     // In the machine code tiles come first, next to what all have run: they are what everybody waits for.
-    if (threadIdx.x >= kMathThreads + 64) {
-      threadIdx.x < kMathThreads + 96 ? queries() : rest();
+    if (warp >= 2) {
+      warp == 2 ? queries(pieces) : rest();
     } else {
-      tiles(threadIdx.x / 32 % 2);
+      tiles(pieces, warp);
     }
   }
 }

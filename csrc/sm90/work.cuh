@@ -47,10 +47,7 @@ class Pieces {
   __device__ explicit Pieces(const DecodeParams& params) : params_(params) {}
 
   // Look up where share number `share` begins.
-  __device__ void find(int share) {
-    share_ = params_.shares[share];
-    if (share_.tiles > 0 || share_.parts > 0) look_ahead();  // else there may be no request at all
-  }
+  __device__ void find(int share) { share_ = params_.shares[share]; }
 
   // Whether the step reads each tile once and not many of them, so that the L2 cache had better keep what it has.
   __device__ bool read_little_once() const { return params_.row_blocks == 1 && share_.step_is_small; }
@@ -58,7 +55,7 @@ class Pieces {
   // The next piece, but for its queries.
   __device__ bool take(Piece& piece) {
     if (share_.tiles == 0) return false;
-    while (share_.seq_len == 0) {  // on to the next request with tokens
+    while (share_.seq_len == 0) [[unlikely]] {  // on to the next request with tokens
       if (++share_.request == params_.requests) return false;
       if (share_.request == ahead_ + 32) look_ahead();
       share_.seq_len = __shfl_sync(~0u, seq_len_, share_.request - ahead_);
@@ -76,6 +73,14 @@ class Pieces {
     return true;
   }
 
+  // Whether there is anything to do, before any piece is taken. Else there may be no request at all.
+  __device__ bool any() const { return share_.tiles > 0 || share_.parts > 0; }
+
+  // For find_queries(), which else waits as long as memory takes.
+  __device__ void ask_for_queries() {
+    if (ahead_ == kNowhere) look_ahead();
+  }
+
   // Of a helper: the request that it combines, but for its queries.
   __device__ bool take_helped(Piece& piece) const {
     piece = {share_.request, 0, 0, share_.slot, share_.part, share_.parts, share_.helpers, false, 0, 0, 0};
@@ -88,9 +93,9 @@ class Pieces {
   }
   __device__ int begun_slot() const { return share_.slot + (share_.last_parts > 0 && share_.parts > 0); }
 
-  // Where the queries of the piece that was taken last lie. Asked for later, because the lengths of requests come from memory,
-  // and whoever brings tiles asks there for page numbers first.
-  __device__ void find_queries(Piece& piece) const {
+  // Where the queries of the piece that was taken last lie.
+  __device__ void find_queries(Piece& piece) {
+    ask_for_queries();
     piece.first_token = __shfl_sync(~0u, first_token_, piece.request - ahead_);
     piece.queries = __shfl_sync(~0u, end_token_, piece.request - ahead_) - piece.first_token;
   }
@@ -105,7 +110,8 @@ class Pieces {
 
   const DecodeParams& params_;
   Share share_ = {};  // what is left of it
-  int ahead_;         // the lanes hold the lengths of this request and the 31 after it
+  static constexpr int kNowhere = -64;
+  int ahead_ = kNowhere;  // the lanes hold the lengths of this request and the 31 after it, once anybody has asked
   int seq_len_, first_token_, end_token_;
 };
 

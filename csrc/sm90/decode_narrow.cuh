@@ -209,7 +209,10 @@ __device__ void consume_narrow(const DecodeParams& params, NarrowShared<Element,
 #pragma unroll
       for (int step = 0; step < kColumnBlocks * kBlockSteps; ++step) {
         const uint32_t block = step / kBlockSteps, inner = step % kBlockSteps * 32;
-        if (step % kBlockSteps == 0) shared.tiles.wait_full(number, block);  // products begin before all of the tile is there
+        if (step % kBlockSteps == 0) {  // products begin before all of the tile is there
+          shared.tiles.wait_full(number, block);
+          ptx::wgmma_fence();  // without it the compiler adds it, and says so
+        }
         ptx::wgmma<Element>(score, keys.at(block * sizeof(ColumnBlock<Element>) + inner),
                             query.at(block * sizeof(shared.query[0][0]) + inner), step > 0);
       }

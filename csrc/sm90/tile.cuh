@@ -175,8 +175,7 @@ constexpr uint32_t kAllStarted = 1 << 20;
 // write. So all arrive at the barrier. Rows past the request's are whatever lies there, and nobody looks at what becomes of them.
 // `split` gets the pieces that are parts of requests which all of their workers combine, or the request that a helper combines.
 //
-// The first queries are asked for before the first tile: the copy engine takes orders in turn, and where the first pages lie it
-// finds out in 2 us.
+// The first queries are asked for before the first tile. Behind it they would come as late as it, nearly 2 us later.
 template <int kTileWarps, typename Pipeline, typename Load, typename Copy>
 __device__ void bring_queries(const DecodeParams& params, Pieces& pieces, Pipeline& pipeline, Piece* work, SplitPieces& split,
                               int bytes, Load load, Copy copy) {
@@ -389,7 +388,7 @@ __device__ __forceinline__ void prefetch_code() {
 // Together they can have at most the registers that the block was started with, or the increase waits for ever.
 //
 // Nothing comes before: instructions that nobody has run yet come from memory, and those up to the first copy are what everybody
-// waits for. So the mathematics initialises the mbarriers while whoever brings something looks up the schedule, and then all meet.
+// waits for. The mathematics initialises the mbarriers while whoever brings something looks up the schedule, and then all meet.
 template <int kMathRegisters, int kOtherRegisters, typename Tiles, typename Queries, typename Initialise, typename Consume,
           typename Meet, typename Rest>
 __device__ void run_roles(const DecodeParams& params, int share, Tiles tiles, Queries queries, Initialise initialise,

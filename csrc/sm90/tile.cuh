@@ -93,8 +93,8 @@ __device__ __forceinline__ void bring_tiles(const DecodeParams& params, Pieces& 
   Piece piece;
 #pragma unroll 1
   while (pieces.take(piece)) {
-    // The lanes hold the page numbers of the next 64 boxes. They do not wait for the length where a tile
-    // lies in one page.
+    // The lanes hold the page numbers of 32 boxes, and from the first of their tiles on those of the next 32. They are asked for
+    // before all else, and do not wait for the length where a tile lies in one page.
     const int32_t* pages = params.block_table + piece.request * params.block_table_stride;
     const int first_box = piece.first_tile * tile_boxes;
     int boxes = piece.last_tile * tile_boxes;
@@ -387,8 +387,9 @@ __device__ __forceinline__ void prefetch_code() {
 // Divide the block's threads into their roles: mathematics, two warps that bring tiles, one that brings queries, and the rest.
 // Together they can have at most the registers that the block was started with, or the increase waits for ever.
 //
-// Nothing comes before: instructions that nobody has run yet come from memory, and those up to the first copy are what everybody
-// waits for. The mathematics initialises the mbarriers while whoever brings something looks up the schedule, and then all meet.
+// As little as can be comes before: instructions that nobody has run yet come from memory, and those up to the first copy are what
+// everybody waits for. The mathematics initialises the mbarriers while whoever brings something looks up the schedule, and then all
+// meet.
 template <int kMathRegisters, int kOtherRegisters, typename Tiles, typename Queries, typename Initialise, typename Consume,
           typename Meet, typename Rest>
 __device__ void run_roles(const DecodeParams& params, int share, Tiles tiles, Queries queries, Initialise initialise,

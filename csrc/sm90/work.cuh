@@ -52,7 +52,7 @@ class Pieces {
   // Whether the step reads each tile once and not many of them, so that the L2 cache had better keep what it has.
   __device__ bool read_little_once() const { return params_.row_blocks == 1 && share_.step_is_small; }
 
-  // The next piece, but for its queries.
+  // The next piece, but for its queries, which must have been found before this is called again.
   __device__ bool take(Piece& piece) {
     if (share_.tiles == 0) return false;
     while (share_.seq_len == 0) [[unlikely]] {  // on to the next request with tokens
@@ -76,7 +76,7 @@ class Pieces {
   // Whether there is anything to do, before any piece is taken. Else there may be no request at all.
   __device__ bool any() const { return share_.tiles > 0 || share_.parts > 0; }
 
-  // For find_queries(), which else waits as long as memory takes.
+  // For find_queries(), which else asks itself and waits: the lengths and queries of requests come from memory.
   __device__ void ask_for_queries() {
     if (ahead_ == kNowhere) look_ahead();
   }

@@ -434,13 +434,13 @@ __global__ void __launch_bounds__(NarrowRegisters<kN>::kThreads, 1)
       [&](Pieces& pieces, int warp) {
         if (warp > 0) return;
         bring_tiles<1>(params, pieces, shared.tiles, kHeadDim * sizeof(Element),
-                    [&](int stage, int tile_row, int page, int page_row, auto tma_load) {
-                      const int block = threadIdx.x % 32;
-                      if (block < kColumnBlocks) {
-                        tma_load(&shared.tile[stage][block][tile_row], &maps.latent, block * 64, page_row, page,
-                                 &shared.tiles.full[stage][block]);
-                      }
-                    });
+                       [&](int stage, int tile_row, int page, int page_row, auto tma_load) {
+                         const int block = threadIdx.x % 32;
+                         if (block < kColumnBlocks) {
+                           tma_load(&shared.tile[stage][block][tile_row], &maps.latent, block * 64, page_row, page,
+                                    &shared.tiles.full[stage][block]);
+                         }
+                       });
       },
       [&](Pieces& pieces) {
         bring_queries<1>(

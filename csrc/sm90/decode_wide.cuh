@@ -645,19 +645,19 @@ __global__ void __cluster_dims__(2) __launch_bounds__(kThreads, 1)
       params, blockIdx.x / 2,
       [&](Pieces& pieces, int warp) {
         bring_tiles<2>(params, pieces, shared.tiles, (kBlockLatent + kBlockRope) * sizeof(Element),
-                    [&](int stage, int token, int page, int page_row, auto tma_load) {
-                      auto& tile = shared.tile[stage];
-                      const int tile_row = token ^ rank * kHalfTokens;  // the own tokens first
-                      uint64_t* full = shared.tiles.full[stage];
-                      const int block = threadIdx.x % 32;
-                      if (block <= kLatentBlocks) {
-                        const bool rope = block == kLatentBlocks;
-                        tma_load(rope ? &tile.rope[tile_row][0] : &tile.latent[block][tile_row][0],
-                                 rope ? &maps.rope : &maps.latent,
-                                 rope ? kLatentDim + rank * kBlockRope : rank * kBlockLatent + block * 64, page_row, page, full);
-                      }
-                    },
-                    warp);
+                       [&](int stage, int token, int page, int page_row, auto tma_load) {
+                         auto& tile = shared.tile[stage];
+                         const int tile_row = token ^ rank * kHalfTokens;  // the own tokens first
+                         uint64_t* full = shared.tiles.full[stage];
+                         const int block = threadIdx.x % 32;
+                         if (block <= kLatentBlocks) {
+                           const bool rope = block == kLatentBlocks;
+                           tma_load(rope ? &tile.rope[tile_row][0] : &tile.latent[block][tile_row][0],
+                                    rope ? &maps.rope : &maps.latent,
+                                    rope ? kLatentDim + rank * kBlockRope : rank * kBlockLatent + block * 64, page_row, page, full);
+                         }
+                       },
+                       warp);
       },
       [&](Pieces& pieces) {
         bring_queries<2>(

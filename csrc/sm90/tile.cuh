@@ -111,7 +111,7 @@ __device__ __forceinline__ void bring_tiles(const DecodeParams& params, Pieces& 
       const int first = tile * kTileTokens, stage = pipeline.stage(number);
       const int tokens = min(kTileTokens, seq_len - first + box_tokens - 1 >> shift << shift);
       pipeline.wait_empty(number);
-      if (number == 0) ptx::named_barrier_sync<32 * (1 + kWarps)>(kQueriesBarrier);
+      if (number == 0) ptx::named_barrier_sync<32 * (1 + kWarps)>(kQueriesBarrier);  // the first queries come first
       // Both warps arrive, even where one has no box to bring, or it could fall behind by a round of stages.
       if (lane < Pipeline::kParts) {
         uint64_t* const full = &pipeline.full[stage][lane];
@@ -388,8 +388,8 @@ __device__ __forceinline__ void prefetch_code() {
 // Together they can have at most the registers that the block was started with, or the increase waits for ever.
 //
 // As little as can be comes before: instructions that nobody has run yet come from memory, and those up to the first copy are what
-// everybody waits for. The mathematics initialises the mbarriers while whoever brings something looks up the schedule, and then all
-// meet.
+// everybody waits for. One thread runs `initialise`, for the mbarriers, while whoever brings something looks up the schedule; then
+// all `meet`, a barrier of all threads that use those.
 template <int kMathRegisters, int kOtherRegisters, typename Tiles, typename Queries, typename Initialise, typename Consume,
           typename Meet, typename Rest>
 __device__ void run_roles(const DecodeParams& params, int share, Tiles tiles, Queries queries, Initialise initialise,

@@ -90,9 +90,6 @@ class WideConsumer {
         distance(ptx::in_block(&shared, 1 - rank) - ptx::shared_address(&shared)),
         group(ptx::uniform(threadIdx.x / 128)),
         thread(threadIdx.x % 128),
-        lane(threadIdx.x % 32),
-        own_row(thread / 32 * 16 + lane / 4),
-        own_column(lane % 4 * 2),
         scale_log2(params.softmax_scale * kLog2E) {}
 
   __device__ __forceinline__ void run() {
@@ -126,6 +123,14 @@ class WideConsumer {
   __device__ __forceinline__ int group_row() const { return kSharesRows ? 0 : group * 64; }
   __device__ __forceinline__ int first_row() const { return blockIdx.y * params.block_rows + group_row(); }
 
+  // A thread holds rows own_row() and own_row() + 8 of every accumulator, and in each group of 8 columns two neighbours.
+  __device__ __forceinline__ static int own_lane() { return ptx::thread_index() % 32; }
+  __device__ __forceinline__ static int own_column() { return own_lane() % 4 * 2; }
+  __device__ __forceinline__ static int own_row() {
+    const int thread = ptx::thread_index() % 128;
+    return thread / 32 * 16 + thread % 32 / 4;
+  }
+
   // How many tokens a row of this warpgroup sees.
   __device__ __forceinline__ int visible_to(int row) const {
     const int query = min(query_of_row(params, first_row() + row), piece().queries - 1);
@@ -140,7 +145,7 @@ class WideConsumer {
   __device__ __forceinline__ void attend() {
     all_visible = visible_to(0);
     keys_place = values_place = tiles_before + in_piece(0);
-    load_rope();
+    hold_queries();
 #pragma unroll
     for (int i = 0; i < 2; ++i) reference[i] = -INFINITY, sum[i] = 0;
 
@@ -214,14 +219,31 @@ class WideConsumer {
     }
   }
 
-  // The rotary part of the queries stays in registers: with both factors in shared memory a product of 64 columns leaves no
-  // bandwidth for anybody else there.
-  __device__ __forceinline__ void load_rope() {
-    const char* rows = reinterpret_cast<const char*>(shared.query.rope);
+  // Scores are products of 16 latent numbers at a time, and then of as many rotary ones. The queries of some stay in registers: with
+  // both factors in shared memory a product of 64 columns leaves no bandwidth there for anybody else. With 128 rows, where that
+  // decides, they are as many as there are registers for, spread evenly among the others, and one of them last.
+  static constexpr int kLatentSteps = kBlockLatent / 16, kHeldSteps = kSharesRows ? 0 : 9;
+  __device__ static constexpr int not_held_before(int step) {
+    return (step * (kLatentSteps - kHeldSteps) + kLatentSteps / 4) / kLatentSteps;
+  }
+  __device__ static constexpr bool is_held(int step) { return not_held_before(step) == not_held_before(step + 1); }
+  __device__ static constexpr int held_before(int step) { return step - not_held_before(step); }
+
+  __device__ __forceinline__ void hold_queries() {
+    // The first factor of a product as wgmma wants it of a thread: two rows, and in each two neighbours of every eight columns.
+    const int first_row = group_row() + own_row(), column = own_column();
+    const auto hold = [&](uint32_t* held, const void* rows, int first_chunk, auto swizzled) {
 #pragma unroll
-    for (int i = 0; i < 8; ++i) {
-      const int row = group_row() + own_row + i % 2 * 8, chunk = i / 2;
-      rope[i] = *reinterpret_cast<const uint32_t*>(rows + swizzled_64(row, chunk) + own_column * sizeof(Element));
+      for (int i = 0; i < 4; ++i) {
+        const uint32_t chunk = swizzled(first_row + i % 2 * 8, first_chunk + i / 2);
+        held[i] = *reinterpret_cast<const uint32_t*>(static_cast<const char*>(rows) + chunk + column * sizeof(Element));
+      }
+    };
+#pragma unroll
+    for (int step = 0; step < kBlockRope / 16; ++step) hold(&held_rope[step * 4], shared.query.rope, step * 2, swizzled_64);
+#pragma unroll
+    for (int step = 0; step < kLatentSteps; ++step) {
+      if (is_held(step)) hold(&held_latent[held_before(step) * 4], shared.query.latent[step / 4], step % 4 * 2, swizzled_128);
     }
   }
 
@@ -242,19 +264,25 @@ class WideConsumer {
     if (!kSharesRows) take_turn();
     ptx::wgmma_fence();
 #pragma unroll
-    for (int step = 0; step < kBlockLatent / 16; ++step) {
+    for (int step = 0; step < kLatentSteps; ++step) {
       const uint32_t inner = step % 4 * 32;
-      ptx::wgmma<Element>(score, q.at(step / 4 * sizeof(shared.query.latent[0]) + inner),
-                          k.at(step / 4 * sizeof(keys.latent[0]) + inner), step > 0);
-      // The rotary ones among them: they leave bandwidth to others.
-      if (step % 8 == 7) ptx::wgmma<Element>(score, rope + step / 8 * 4, k_rope.at(step / 8 * 32), 1);
+      const uint64_t keys = k.at(step / 4 * sizeof(ColumnBlock<Element>) + inner);
+      if (is_held(step)) {
+        ptx::wgmma<Element>(score, held_latent + held_before(step) * 4, keys, step > 0);
+      } else {
+        ptx::wgmma<Element>(score, q.at(step / 4 * sizeof(shared.query.latent[0]) + inner), keys, step > 0);
+      }
+      if (step % 8 == 7) ptx::wgmma<Element>(score, held_rope + step / 8 * 4, k_rope.at(step / 8 * 32), 1);
     }
     ptx::wgmma_commit();
     if (!kSharesRows) give_turn();
     ptx::wgmma_wait<0>();
     ptx::keep(score);
+    // The tensor cores read them until here.
 #pragma unroll
-    for (int i = 0; i < 8; ++i) asm volatile("" : "+r"(rope[i]));  // the tensor cores read it until here
+    for (int i = 0; i < kBlockRope / 4; ++i) asm volatile("" : "+r"(held_rope[i]));
+#pragma unroll
+    for (int i = 0; i < kHeldSteps * 4; ++i) asm volatile("" : "+r"(held_latent[i]));
     const int slot = message(tile) & 1;
     const uint32_t full = over_there(&shared.scores_full[group][slot]);
     uint32_t packed[12];
@@ -307,10 +335,11 @@ class WideConsumer {
     for (int j = 0; j < 4; ++j) add_packed_scores(score + j * 4, packed + j * 3);
     const int first = token(tile);
     if (first + kTileTokens > all_visible) {
-      const int visible[2] = {visible_to(own_row), visible_to(own_row + 8)};
+      const int row = own_row(), column = own_column();
+      const int visible[2] = {visible_to(row), visible_to(row + 8)};
 #pragma unroll
       for (int j = 0; j < 16; ++j) {
-        const int position = first + rank * kHalfTokens + j / 4 * 8 + own_column + j % 2;
+        const int position = first + rank * kHalfTokens + j / 4 * 8 + column + j % 2;
         if (position >= visible[j / 2 % 2]) score[j] = -INFINITY;
       }
     }
@@ -463,13 +492,13 @@ class WideConsumer {
   // request.
   template <int kBegin, int kEnd>
   __device__ __forceinline__ void finish(float (&out)[128], float (&log2_sum)[2], const Rows<Element>& results) {
-    const bool has_lse = rank == 0 && lane % 4 == 0 && (group == 0 || !kSharesRows);
+    const bool has_lse = rank == 0 && own_lane() % 4 == 0 && (group == 0 || !kSharesRows);
     // In this order in the machine code, too, as in the narrow kernel.
     int complete = results.complete;
     if (!complete) {
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
-        const int row = first_row() + own_row + 8 * i;
+        const int row = first_row() + own_row() + 8 * i;
         store_part<kBegin, kEnd>(results, row, [&](int j) { return out[j + i * 2]; });
         if (has_lse && row < results.last_row) results.store_partial_lse(row, log2_sum[i]);
       }
@@ -485,7 +514,7 @@ class WideConsumer {
       }
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
-        const int row = first_row() + own_row + 8 * i;
+        const int row = first_row() + own_row() + 8 * i;
         if (has_lse && row < results.last_row) results.store_lse(row, log2_sum[i]);
       }
     }
@@ -493,7 +522,7 @@ class WideConsumer {
 
   // Of a row of a part: where this thread has a place for its accumulators from `first` on, two neighbours of every four.
   __device__ __forceinline__ int place_of(int first) const {
-    return rank * (kBlockLatent / Part::kColumns) + first / kPlaceAccumulators * 4 + lane % 4;
+    return rank * (kBlockLatent / Part::kColumns) + first / kPlaceAccumulators * 4 + own_lane() % 4;
   }
 
   // Add the other parts of a request, which this worker completes.
@@ -504,7 +533,7 @@ class WideConsumer {
     for (int part = 1; part < results.parts; ++part) {
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
-        const int row = first_row() + own_row + 8 * i;
+        const int row = first_row() + own_row() + 8 * i;
         const bool exists = row < results.last_row;
         const float* from = results.partial_out(row, part);
         float other = -INFINITY;
@@ -576,7 +605,7 @@ class WideConsumer {
     for (int k = 0; k < kColumns / 2; k += 4) {
       reinterpret_cast<uint4*>(to)[place + k] = make_uint4(packed[k], packed[k + 1], packed[k + 2], packed[k + 3]);
     }
-    if (lane % 4 > 0) return;
+    if (own_lane() % 4 > 0) return;
 #pragma unroll
     for (int s = 0; s < kColumns / kScaled; ++s) to[kScales + place * Part::kColumns / kScaleColumns + s] = scale[s];
   }
@@ -585,9 +614,10 @@ class WideConsumer {
   // four columns of one: 32 bytes of a row at a time.
   template <int kBegin, int kEnd>
   __device__ __forceinline__ void store_vectors(const float (&out)[128], const Rows<Element>& results) {
+    const int lane = own_lane();
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      const int row = first_row() + own_row + 8 * i;
+      const int row = first_row() + own_row() + 8 * i;
       Element* to = results.out(row) + rank * kBlockLatent + lane % 2 * 8 + lane % 4 / 2 * 4;
       const auto value = [&](int j) { return out[j + i * 2]; };
 #pragma unroll
@@ -605,9 +635,9 @@ class WideConsumer {
   __device__ __forceinline__ void store_elements(const float (&out)[128], const Rows<Element>& results) {
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      const int row = first_row() + own_row + 8 * i;
+      const int row = first_row() + own_row() + 8 * i;
       if (row >= results.last_row) continue;
-      Element* to = results.out(row) + rank * kBlockLatent + own_column;
+      Element* to = results.out(row) + rank * kBlockLatent + own_column();
 #pragma unroll
       for (int j = kBegin; j < kEnd; j += 4) {
         const uint32_t two = pack<Element>(out[j + i * 2], out[j + i * 2 + 1]);
@@ -620,12 +650,10 @@ class WideConsumer {
   Shared& shared;
   const int rank;
   const uint32_t distance;  // from a place in this block's shared memory to the same place in the other block's
-  const int group, thread, lane;
-  // A thread holds rows own_row and own_row + 8 of every accumulator, and in each group of 8 columns two neighbours.
-  const int own_row, own_column;
+  const int group, thread;
   const float scale_log2;  // scores in base 2: exp2 is one instruction
 
-  uint32_t rope[kBlockRope / 4];
+  uint32_t held_rope[kBlockRope / 4], held_latent[kHeldSteps > 0 ? kHeldSteps * 4 : 1];
   int tokens;            // of the request, from the piece's first on
   int all_visible;       // of them, to all of this warpgroup's rows
   int tiles;             // the warpgroup's of this piece
@@ -641,7 +669,7 @@ __global__ void __cluster_dims__(2) __launch_bounds__(kThreads, 1)
     decode_wide_kernel(const __grid_constant__ DecodeParams params, const __grid_constant__ TensorMaps maps) {
   auto& shared = shared_memory<WideShared<Element, kRows>>();
   const int rank = ptx::cluster_rank();
-  run_roles<224, 56>(  // 168 for each of 384 threads
+  run_roles<kRows == 128 ? 240 : 224, kRows == 128 ? 24 : 56>(  // 168 for each of 384 threads
       params, blockIdx.x / 2,
       [&](Pieces& pieces, int warp) {
         bring_tiles<2>(params, pieces, shared.tiles, (kBlockLatent + kBlockRope) * sizeof(Element),
@@ -664,7 +692,7 @@ __global__ void __cluster_dims__(2) __launch_bounds__(kThreads, 1)
             params, pieces, shared.queries, shared.work, shared.split,
             params.block_rows * (kBlockLatent + kBlockRope) * sizeof(Element),
             [&](int, int token) {
-              const int block = threadIdx.x % 32;
+              const int block = ptx::thread_index() % 32;
               if (block <= kLatentBlocks) {
                 const bool rope = block == kLatentBlocks;
                 ptx::tma_load(rope ? &shared.query.rope[0][0] : &shared.query.latent[block][0][0],

@@ -197,15 +197,16 @@ __device__ void bring_queries(const DecodeParams& params, Pieces& pieces, Pipeli
     if (params.queries_are_vectors) {
       load(stage, piece.first_token + query_of_row(params, first_row));
       __syncwarp();
-    } else {
-      copy(stage, piece);
-      ptx::fence_proxy_async();
     }
     if (number == 0) ptx::named_barrier_arrive<32 * (1 + kTileWarps)>(kQueriesBarrier);
     if (lane == 0) work[number & 1] = piece;
     if (piece.combined()) {
       if (lane == 0) split.piece[split_pieces] = piece;
       ++split_pieces;
+    }
+    if (!params.queries_are_vectors) {
+      copy(stage, piece);
+      ptx::fence_proxy_async();
     }
     if (params.queries_are_vectors && lane == 0) {
       ptx::mbarrier_arrive_expect_tx(pipeline.full[stage], bytes);

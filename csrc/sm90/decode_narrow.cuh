@@ -204,7 +204,6 @@ __device__ void consume_narrow(const DecodeParams& params, NarrowShared<Element,
       const ptx::Matrix keys(ptx::shared_address(tile) + (Scores::kByRows ? 0 : group * 64), 0, 1024);
       const ptx::Matrix query(
           ptx::shared_address(shared.query[query_stage]) + (Scores::kByRows ? first_row * 128 : group * 64), 0, 1024);
-      ptx::wgmma_fence();
       constexpr int kBlockSteps = Scores::kByRows ? 4 : 2;  // or half of every column block
 #pragma unroll
       for (int step = 0; step < kColumnBlocks * kBlockSteps; ++step) {

@@ -219,10 +219,10 @@ class WideConsumer {
     }
   }
 
-  // Scores are products of 16 latent numbers at a time, and then of as many rotary ones. The queries of some stay in registers: with
-  // both factors in shared memory a product of 64 columns leaves no bandwidth there for anybody else. With 128 rows, where that
-  // decides, they are as many as there are registers for, spread evenly among the others, and one of them last.
-  static constexpr int kLatentSteps = kBlockLatent / 16, kHeldSteps = kSharesRows ? 0 : 9;
+  // Scores are products of 16 latent or rotary numbers at a time. Of as many as there are registers for, spread evenly among the
+  // others and one of them last, the queries are held in registers: with both factors in shared memory a product of 64 columns
+  // leaves no bandwidth there for anybody else.
+  static constexpr int kLatentSteps = kBlockLatent / 16, kHeldSteps = 9;
   __device__ static constexpr int not_held_before(int step) {
     return (step * (kLatentSteps - kHeldSteps) + kLatentSteps / 4) / kLatentSteps;
   }
@@ -653,7 +653,7 @@ class WideConsumer {
   const int group, thread;
   const float scale_log2;  // scores in base 2: exp2 is one instruction
 
-  uint32_t held_rope[kBlockRope / 4], held_latent[kHeldSteps > 0 ? kHeldSteps * 4 : 1];
+  uint32_t held_rope[kBlockRope / 4], held_latent[kHeldSteps * 4];
   int tokens;            // of the request, from the piece's first on
   int all_visible;       // of them, to all of this warpgroup's rows
   int tiles;             // the warpgroup's of this piece
@@ -669,7 +669,7 @@ __global__ void __cluster_dims__(2) __launch_bounds__(kThreads, 1)
     decode_wide_kernel(const __grid_constant__ DecodeParams params, const __grid_constant__ TensorMaps maps) {
   auto& shared = shared_memory<WideShared<Element, kRows>>();
   const int rank = ptx::cluster_rank();
-  run_roles<kRows == 128 ? 240 : 224, kRows == 128 ? 24 : 56>(  // 168 for each of 384 threads
+  run_roles<240, 24>(  // 168 for each of 384 threads
       params, blockIdx.x / 2,
       [&](Pieces& pieces, int warp) {
         bring_tiles<2>(params, pieces, shared.tiles, (kBlockLatent + kBlockRope) * sizeof(Element),

@@ -55,7 +55,7 @@ class Pieces {
   // The next piece, but for its queries, which must have been found before this is called again.
   __device__ bool take(Piece& piece) {
     if (share_.tiles == 0) return false;
-    while (share_.seq_len == 0) [[unlikely]] {  // on to the next request with tokens
+    while (__builtin_expect(share_.seq_len == 0, 0)) {  // on to the next request with tokens
       if (++share_.request == params_.requests) return false;
       if (share_.request == ahead_ + 32) look_ahead();
       share_.seq_len = __shfl_sync(~0u, seq_len_, share_.request - ahead_);

@@ -127,8 +127,8 @@ class WideConsumer {
   __device__ __forceinline__ static int own_lane() { return ptx::thread_index() % 32; }
   __device__ __forceinline__ static int own_column() { return own_lane() % 4 * 2; }
   __device__ __forceinline__ static int own_row() {
-    const int thread = ptx::thread_index() % 128;
-    return thread / 32 * 16 + thread % 32 / 4;
+    const int index = ptx::thread_index() % 128;
+    return index / 32 * 16 + index % 32 / 4;
   }
 
   // How many tokens a row of this warpgroup sees.
@@ -219,9 +219,9 @@ class WideConsumer {
     }
   }
 
-  // Scores are products of 16 latent or rotary numbers at a time. Of as many as there are registers for, spread evenly among the
-  // others and one of them last, the queries are held in registers: with both factors in shared memory a product of 64 columns
-  // leaves no bandwidth there for anybody else.
+  // Scores are products of 16 latent or rotary numbers at a time. With both factors in shared memory a product of 64 columns leaves
+  // no bandwidth there for anybody else, so registers hold the queries of both rotary steps, and of as many latent ones as there are
+  // registers for with 128 rows. No two of the others follow each other, and a rotary one is last.
   static constexpr int kLatentSteps = kBlockLatent / 16, kHeldSteps = 9;
   __device__ static constexpr int not_held_before(int step) {
     return (step * (kLatentSteps - kHeldSteps) + kLatentSteps / 4) / kLatentSteps;
@@ -231,11 +231,11 @@ class WideConsumer {
 
   __device__ __forceinline__ void hold_queries() {
     // The first factor of a product as wgmma wants it of a thread: two rows, and in each two neighbours of every eight columns.
-    const int first_row = group_row() + own_row(), column = own_column();
+    const int row = group_row() + own_row(), column = own_column();
     const auto hold = [&](uint32_t* held, const void* rows, int first_chunk, auto swizzled) {
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        const uint32_t chunk = swizzled(first_row + i % 2 * 8, first_chunk + i / 2);
+        const uint32_t chunk = swizzled(row + i % 2 * 8, first_chunk + i / 2);
         held[i] = *reinterpret_cast<const uint32_t*>(static_cast<const char*>(rows) + chunk + column * sizeof(Element));
       }
     };
@@ -266,11 +266,11 @@ class WideConsumer {
 #pragma unroll
     for (int step = 0; step < kLatentSteps; ++step) {
       const uint32_t inner = step % 4 * 32;
-      const uint64_t keys = k.at(step / 4 * sizeof(ColumnBlock<Element>) + inner);
+      const uint64_t key = k.at(step / 4 * sizeof(keys.latent[0]) + inner);
       if (is_held(step)) {
-        ptx::wgmma<Element>(score, held_latent + held_before(step) * 4, keys, step > 0);
+        ptx::wgmma<Element>(score, held_latent + held_before(step) * 4, key, step > 0);
       } else {
-        ptx::wgmma<Element>(score, q.at(step / 4 * sizeof(shared.query.latent[0]) + inner), keys, step > 0);
+        ptx::wgmma<Element>(score, q.at(step / 4 * sizeof(shared.query.latent[0]) + inner), key, step > 0);
       }
       if (step % 8 == 7) ptx::wgmma<Element>(score, held_rope + step / 8 * 4, k_rope.at(step / 8 * 32), 1);
     }
@@ -692,7 +692,7 @@ __global__ void __cluster_dims__(2) __launch_bounds__(kThreads, 1)
             params, pieces, shared.queries, shared.work, shared.split,
             params.block_rows * (kBlockLatent + kBlockRope) * sizeof(Element),
             [&](int, int token) {
-              const int block = ptx::thread_index() % 32;
+              const int block = ptx::thread_index() % 32;  // read anew, as this warp has 24 registers
               if (block <= kLatentBlocks) {
                 const bool rope = block == kLatentBlocks;
                 ptx::tma_load(rope ? &shared.query.rope[0][0] : &shared.query.latent[block][0][0],

@@ -113,13 +113,6 @@ __device__ __forceinline__ void mbarrier_wait(uint64_t* barrier, uint32_t parity
 
 // --- the cluster ----------------------------------------------------------------------------------------------------
 
-// threadIdx.x, read anew wherever it is needed: what is made of threadIdx.x itself may take a register from beginning to end.
-__device__ __forceinline__ int thread_index() {
-  int index;
-  asm volatile("mov.u32 %0, %%tid.x;" : "=r"(index));
-  return index;
-}
-
 __device__ __forceinline__ int cluster_rank() {
   uint32_t rank;
   asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
@@ -192,6 +185,13 @@ __device__ __forceinline__ void wait_clocks(int count) {
 }
 
 // --- synchronisation and registers ----------------------------------------------------------------------------------
+
+// threadIdx.x, read anew wherever it is needed: what is made of threadIdx.x itself may take a register from beginning to end.
+__device__ __forceinline__ int thread_index() {
+  int index;
+  asm volatile("mov.u32 %0, %%tid.x;" : "=r"(index));
+  return index;
+}
 
 template <int kThreads>
 __device__ __forceinline__ void named_barrier_sync(int id) {

@@ -111,7 +111,7 @@ __device__ __forceinline__ void bring_tiles(const DecodeParams& params, Pieces& 
       const int first = tile * kTileTokens, stage = pipeline.stage(number);
       const int tokens = min(kTileTokens, seq_len - first + box_tokens - 1 >> shift << shift);
       pipeline.wait_empty(number);
-      if (number == 0) ptx::named_barrier_sync<32 * (1 + kWarps)>(kQueriesBarrier);  // the first queries come first
+      if (number == 0) ptx::named_barrier_sync<32 * (1 + kWarps)>(kQueriesBarrier);  // the copy engine's first queries come first
       // Both warps arrive, even where one has no box to bring, or it could fall behind by a round of stages.
       if (lane < Pipeline::kParts) {
         uint64_t* const full = &pipeline.full[stage][lane];
@@ -175,7 +175,8 @@ constexpr uint32_t kAllStarted = 1 << 20;
 // write. So all arrive at the barrier. Rows past the request's are whatever lies there, and nobody looks at what becomes of them.
 // `split` gets the pieces that are parts of requests which all of their workers combine, or the request that a helper combines.
 //
-// The first queries are asked for before the first tile. Behind it they would come as late as it, nearly 2 us later.
+// The first queries that the copy engine brings are asked for before the first tile. Behind it they would come as late as it,
+// nearly 2 us later. For those that this warp copies no tile waits.
 template <int kTileWarps, typename Pipeline, typename Load, typename Copy>
 __device__ void bring_queries(const DecodeParams& params, Pieces& pieces, Pipeline& pipeline, Piece* work, SplitPieces& split,
                               int bytes, Load load, Copy copy) {

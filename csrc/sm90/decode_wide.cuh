@@ -220,8 +220,8 @@ class WideConsumer {
   }
 
   // Scores are products of 16 latent or rotary numbers at a time. With both factors in shared memory a product of 64 columns leaves
-  // no bandwidth there for anybody else, so registers hold the queries of both rotary steps, and of as many latent ones as there are
-  // registers for with 128 rows. No two of the others follow each other, and a rotary one is last.
+  // no bandwidth there for anybody else, so registers hold the queries of both rotary steps, and of as many latent ones as there
+  // are registers for with 128 rows. No two of the others follow each other, and a rotary one is last.
   static constexpr int kLatentSteps = kBlockLatent / 16, kHeldSteps = 9;
   __device__ static constexpr int not_held_before(int step) {
     return (step * (kLatentSteps - kHeldSteps) + kLatentSteps / 4) / kLatentSteps;

@@ -177,8 +177,7 @@ class WideConsumer {
         start_values(out, probability, tile);
         softmax(score, next_probability, tile + 1);
         finish_values(out);
-#pragma unroll
-        for (int j = 0; j < 16; ++j) asm volatile("" : "+r"(probability[j]));  // the tensor cores read it until here
+        ptx::keep(probability);
 #pragma unroll
         for (int j = 0; j < 8; ++j) probability[j] = next_probability[j];
       }
@@ -278,11 +277,8 @@ class WideConsumer {
     if (!kSharesRows) give_turn();
     ptx::wgmma_wait<0>();
     ptx::keep(score);
-    // The tensor cores read them until here.
-#pragma unroll
-    for (int i = 0; i < kBlockRope / 4; ++i) asm volatile("" : "+r"(held_rope[i]));
-#pragma unroll
-    for (int i = 0; i < kHeldSteps * 4; ++i) asm volatile("" : "+r"(held_latent[i]));
+    ptx::keep(held_rope);
+    ptx::keep(held_latent);
     const int slot = message(tile) & 1;
     const uint32_t full = over_there(&shared.scores_full[group][slot]);
     uint32_t packed[12];

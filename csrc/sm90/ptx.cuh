@@ -279,6 +279,13 @@ __device__ __forceinline__ void keep(float (&registers)[kCount]) {
   for (int i = 0; i < kCount; ++i) asm volatile("" : "+f"(registers[i])::"memory");
 }
 
+// The same of registers that the tensor cores read until here.
+template <int kCount>
+__device__ __forceinline__ void keep(uint32_t (&registers)[kCount]) {
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) asm volatile("" : "+r"(registers[i]));
+}
+
 // Matrix descriptor of an operand in rows of 128 bytes with the 128-byte swizzle, or of 64 with the 64-byte swizzle (PTX
 // ISA, "Matrix descriptor format"). K-major operands: `leading` is unused and `stride` goes from 8 rows to the next 8.
 // MN-major operands: `leading` goes from 64 columns to the next 64, `stride` from 8 rows of K to the next 8.

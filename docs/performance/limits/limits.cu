@@ -87,7 +87,8 @@ __device__ void use(const float (&out)[128], float more, float* sink) {
 }
 
 // By each of two warpgroups: products of 64 rows, whose factors lie in shared memory or registers and are whatever is there.
-// As decode_wide multiplied them with a tile before it held half of the queries in registers: 16 + 2 of 64 columns for scores, 4 of 256 for values.
+// As decode_wide multiplied them with a tile before it held half of the queries in registers: 16 + 2 of 64 columns for scores, 4 of
+// 256 for values.
 __device__ void multiply_mixture(Shared& shared, int times, float* sink) {
   const uint32_t address = ptx::shared_address(shared.ring);
   const ptx::Matrix k(address, 0, 1024), k_rope(address + 32768, 0, 512, ptx::Swizzle::k64Bytes);

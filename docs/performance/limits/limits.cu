@@ -87,30 +87,52 @@ __device__ void use(const float (&out)[128], float more, float* sink) {
 }
 
 // By each of two warpgroups: products of 64 rows, whose factors lie in shared memory or registers and are whatever is there.
-// As decode_wide multiplied them with a tile before it held half of the queries in registers: 16 + 2 of 64 columns for scores, 4 of
-// 256 for values.
+// As decode_wide multiplies them with a tile: 16 + 2 of 64 columns for scores, nine of the 16 and the two with queries from
+// registers, and 4 of 256 for values. With exponentials, those of half of the scores are the first factor of values, so that a
+// warpgroup waits for its scores before it begins its values; the other one multiplies meanwhile.
+template <bool kExponentials>
 __device__ void multiply_mixture(Shared& shared, int times, float* sink) {
+  constexpr int kHeld = 9;
   const uint32_t address = ptx::shared_address(shared.ring);
   const ptx::Matrix k(address, 0, 1024), k_rope(address + 32768, 0, 512, ptx::Swizzle::k64Bytes);
   const ptx::Matrix values(address, 8192, 1024);
-  uint32_t a[24];
-  for (int i = 0; i < 24; ++i) a[i] = reinterpret_cast<const uint32_t*>(shared.ring)[threadIdx.x * 24 + i];
+  uint32_t a[kHeld * 4 + 8], probabilities[8];  // queries, the rotary ones last; probabilities stand for as many others, too
+  const auto* numbers = reinterpret_cast<const uint32_t*>(shared.ring) + threadIdx.x * 52;
+  for (int i = 0; i < kHeld * 4 + 8; ++i) a[i] = numbers[i];
+  for (int i = 0; i < 8; ++i) probabilities[i] = numbers[kHeld * 4 + 8 + i];
   float out[128] = {}, scores = 0;
   for (int time = 0; time < times; ++time) {
     float score[32];
     ptx::wgmma_fence();
 #pragma unroll
     for (int step = 0; step < 16; ++step) {
-      ptx::wgmma<Element>(score, k.at(step / 4 * 8192 + step % 4 * 32), k.at(step / 4 * 8192 + step % 4 * 32), step > 0);
-      if (step % 8 == 7) ptx::wgmma<Element>(score, a + step / 8 * 4, k_rope.at(step / 8 * 32), 1);
+      const uint32_t place = step / 4 * 8192 + step % 4 * 32;
+      if (step % 2 == 0 || step == 15) {
+        ptx::wgmma<Element>(score, a + (step + 1) / 2 * 4, k.at(place), step > 0);
+      } else {
+        ptx::wgmma<Element>(score, k.at(place), k.at(place), 1);
+      }
+      if (step % 8 == 7) ptx::wgmma<Element>(score, a + (kHeld + step / 8) * 4, k_rope.at(step / 8 * 32), 1);
+    }
+    if constexpr (kExponentials) {
+      ptx::wgmma_commit();
+      ptx::wgmma_wait<0>();
+      ptx::keep(score);
+#pragma unroll
+      for (int i = 0; i < 8; ++i) {
+        const auto power = [&](int k) { return ptx::exp2(score[k] * 0.01f - 1); };
+        const __nv_bfloat162 two = __floats2bfloat162_rn(power(i * 2), power(i * 2 + 1));
+        probabilities[i] = reinterpret_cast<const uint32_t&>(two);
+      }
+      ptx::wgmma_fence();
     }
 #pragma unroll
-    for (int step = 0; step < 4; ++step) ptx::wgmma_transposed_b<Element>(out, a + 8 + step * 4, values.at(step * 2048), 1);
+    for (int step = 0; step < 4; ++step) {
+      ptx::wgmma_transposed_b<Element>(out, probabilities + step % 2 * 4, values.at(step * 2048), 1);
+    }
     ptx::wgmma_commit();
     ptx::wgmma_wait<0>();
-    ptx::keep(score), ptx::keep(out);
-#pragma unroll
-    for (int i = 0; i < 24; ++i) asm volatile("" : "+r"(a[i]));
+    ptx::keep(score), ptx::keep(out), ptx::keep(a), ptx::keep(probabilities);
     scores += score[0];
   }
   use(out, scores, sink);
@@ -138,7 +160,9 @@ __device__ void multiply_wide(Shared& shared, int times, float* sink) {
 }
 
 // `times` times the products of a loop by each warpgroup, as soon as they have something to multiply.
-template <bool kMixture>
+enum Products { kWide, kMixture, kExponentials };
+
+template <Products kProducts>
 __global__ void __launch_bounds__(kThreads, 1)
     work(const __grid_constant__ CUtensorMap map, const char* data, const int32_t* list, const __grid_constant__ Reading reading,
          int times, float* sink) {
@@ -151,17 +175,17 @@ __global__ void __launch_bounds__(kThreads, 1)
   }
   __syncthreads();
   if (threadIdx.x >= kMathThreads) {
-    ptx::setmaxnreg_dec<56>();
+    ptx::setmaxnreg_dec<24>();
     if (threadIdx.x < kMathThreads + 32) read(shared, map, data, list, reading);
   } else {
-    ptx::setmaxnreg_inc<224>();
+    ptx::setmaxnreg_inc<240>();
     if (times == 0) return;
     // Whoever reads uses these barriers again without waiting for this warp, but not before it has read a ring of pages.
     for (int i = 0; i * reading.tokens * kTokenBytes < kFactorBytes; ++i) ptx::mbarrier_wait(&shared.full[i], 0);
-    if constexpr (kMixture) {
-      multiply_mixture(shared, times, sink);
-    } else {
+    if constexpr (kProducts == kWide) {
       multiply_wide(shared, times, sink);
+    } else {
+      multiply_mixture<kProducts == kExponentials>(shared, times, sink);
     }
   }
 }
@@ -185,12 +209,12 @@ int encode(CUtensorMap& map, const void* data, const Reading& reading) {
 // Read `pages` pages of the cache at `data` as Reading says, in the order of `list` if `scattered`, and compute `flops` flops, on
 // so many multiprocessors, of which each reads one page at least if there are flops. Returns a CUDA error.
 extern "C" int limits_work(const void* data, const int32_t* list, int pages, int tokens, int ring_pages, int scattered,
-                           int evict_first, double flops, int mixture, int multiprocessors, cudaStream_t stream) {
+                           int evict_first, double flops, int products, int multiprocessors, cudaStream_t stream) {
   const Reading reading = {pages, tokens, ring_pages, scattered != 0, evict_first != 0};
   CUtensorMap map;
   if (const int error = encode(map, data, reading)) return error;
-  const auto kernel = mixture ? work<true> : work<false>;
-  const double flops_each = mixture ? kFlopsOfMixture : kFlopsOfWide;
+  const auto kernel = products == kWide ? work<kWide> : products == kMixture ? work<kMixture> : work<kExponentials>;
+  const double flops_each = products == kWide ? kFlopsOfWide : kFlopsOfMixture;
   const int times = static_cast<int>(flops / (2 * multiprocessors) / flops_each + 0.5);
   cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, sizeof(Shared));
   kernel<<<multiprocessors, kThreads, sizeof(Shared), stream>>>(map, static_cast<const char*>(data), list, reading, times,

@@ -43,12 +43,12 @@ def kernel(library: ctypes.CDLL, shape: Shape) -> tuple[Callable[[], object], Ca
         evict_first: bool,
         read: int = pages,
         flops: int = 0,
-        mixture: int = 0,
+        products: int = 0,
     ) -> None:
         stream = ctypes.c_void_p(torch.cuda.current_stream().cuda_stream)
         tensors = (ctypes.c_void_p(step.kv_cache.data_ptr()), ctypes.c_void_p(order.data_ptr()))
         reading = (read, tokens, ring, int(scattered), int(evict_first))
-        error = library.limits_work(*tensors, *reading, ctypes.c_double(flops), mixture, multiprocessors, stream)
+        error = library.limits_work(*tensors, *reading, ctypes.c_double(flops), products, multiprocessors, stream)
         if error:
             raise RuntimeError(f"limits_work: CUDA error {error}")
 
@@ -68,8 +68,8 @@ def calls(library: ctypes.CDLL, shape: Shape) -> dict[str, Callable[[], object]]
             name = f"scattered pages, {ring} on their way{policy}"
             timed[name] = partial(work, tokens=64, ring=ring, scattered=True, evict_first=evict_first)
     if shape.heads * shape.queries >= MANY_ROWS and shape.floor(4.4e12, 800e12) > LONG:
-        for mixture, kind in enumerate(("wide", "mixture")):
-            multiply = {"ring": 2, "scattered": True, "evict_first": False, "flops": shape.flops, "mixture": mixture}
+        for products, kind in enumerate(("wide", "mixture", "mixture with exponentials")):
+            multiply = {"ring": 2, "scattered": True, "evict_first": False, "flops": shape.flops, "products": products}
             timed[f"products, {kind}"] = partial(work, tokens=64, read=200, **multiply)
             timed[f"pages and products, {kind}"] = partial(work, tokens=64, **multiply)
     return timed

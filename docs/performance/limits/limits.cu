@@ -1,5 +1,5 @@
-// Of a decode step only this: as many pages are read, and as much is multiplied. No schedule, no softmax, no result, and neither of
-// the two waits for the other. limits.py measures how long that takes.
+// Of a decode step only this: as many pages are read, and as much is multiplied. No schedule, no softmax but its exponentials if
+// they are asked for, no result, and reading and products do not wait for each other. limits.py measures how long that takes.
 #include <cudaTypedefs.h>
 
 #include "../../../csrc/sm90/ptx.cuh"
@@ -12,7 +12,7 @@ namespace {
 constexpr int kMathThreads = 256, kThreads = kMathThreads + 128;
 constexpr int kPageTokens = 64, kColumns = 576, kTokenBytes = kColumns * sizeof(Element), kPageBytes = kPageTokens * kTokenBytes;
 constexpr int kBoxColumns = 64, kBoxes = kColumns / kBoxColumns;
-constexpr int kFactorBytes = kPageBytes / 2;  // of what has been read, which products read
+constexpr int kFactorBytes = kMathThreads * 52 * sizeof(uint32_t);  // of what has been read, which products read at most
 constexpr int kMostStages = 3 * kPageTokens / 16;  // 16 tokens at a time at least
 constexpr double kFlopsOfMixture = 2.0 * 64 * 64 * (288 + 256), kFlopsOfWide = 2.0 * 64 * 256 * 16 * 16;
 
@@ -87,9 +87,9 @@ __device__ void use(const float (&out)[128], float more, float* sink) {
 }
 
 // By each of two warpgroups: products of 64 rows, whose factors lie in shared memory or registers and are whatever is there.
-// As decode_wide multiplies them with a tile: 16 + 2 of 64 columns for scores, nine of the 16 and the two with queries from
-// registers, and 4 of 256 for values. With exponentials, those of half of the scores are the first factor of values, so that a
-// warpgroup waits for its scores before it begins its values; the other one multiplies meanwhile.
+// As many as decode_wide multiplies with a tile, in nearly the same order: 16 + 2 of 64 columns for scores, nine of the 16 and the
+// two with queries from registers, and 4 of 256 for values. With exponentials, those of half of the scores are the first factor of
+// values, so that a warpgroup waits for its scores before it begins its values; the other one multiplies meanwhile.
 template <bool kExponentials>
 __device__ void multiply_mixture(Shared& shared, int times, float* sink) {
   constexpr int kHeld = 9;
@@ -159,9 +159,9 @@ __device__ void multiply_wide(Shared& shared, int times, float* sink) {
   use(out, 0, sink);
 }
 
-// `times` times the products of a loop by each warpgroup, as soon as they have something to multiply.
 enum Products { kWide, kMixture, kExponentials };
 
+// `times` times the products of a loop by each warpgroup, as soon as they have something to multiply.
 template <Products kProducts>
 __global__ void __launch_bounds__(kThreads, 1)
     work(const __grid_constant__ CUtensorMap map, const char* data, const int32_t* list, const __grid_constant__ Reading reading,

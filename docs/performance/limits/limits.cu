@@ -12,7 +12,10 @@ namespace {
 constexpr int kMathThreads = 256, kThreads = kMathThreads + 128;
 constexpr int kPageTokens = 64, kColumns = 576, kTokenBytes = kColumns * sizeof(Element), kPageBytes = kPageTokens * kTokenBytes;
 constexpr int kBoxColumns = 64, kBoxes = kColumns / kBoxColumns;
-constexpr int kFactorBytes = kMathThreads * 52 * sizeof(uint32_t);  // of what has been read, which products read at most
+// Of what has been read a thread keeps in registers at most: queries of so many latent steps and of the rotary ones, probabilities.
+constexpr int kHeldSteps = 9, kQueryNumbers = (kHeldSteps + 2) * 4, kProbabilityNumbers = 8;
+constexpr int kThreadNumbers = kQueryNumbers + kProbabilityNumbers;
+constexpr int kFactorBytes = kMathThreads * kThreadNumbers * sizeof(uint32_t);  // more than products read in shared memory
 constexpr int kMostStages = 3 * kPageTokens / 16;  // 16 tokens at a time at least
 constexpr double kFlopsOfMixture = 2.0 * 64 * 64 * (288 + 256), kFlopsOfWide = 2.0 * 64 * 256 * 16 * 16;
 
@@ -92,14 +95,13 @@ __device__ void use(const float (&out)[128], float more, float* sink) {
 // values, so that a warpgroup waits for its scores before it begins its values; the other one multiplies meanwhile.
 template <bool kExponentials>
 __device__ void multiply_mixture(Shared& shared, int times, float* sink) {
-  constexpr int kHeld = 9;
   const uint32_t address = ptx::shared_address(shared.ring);
   const ptx::Matrix k(address, 0, 1024), k_rope(address + 32768, 0, 512, ptx::Swizzle::k64Bytes);
   const ptx::Matrix values(address, 8192, 1024);
-  uint32_t a[kHeld * 4 + 8], probabilities[8];  // queries, the rotary ones last; probabilities stand for as many others, too
-  const auto* numbers = reinterpret_cast<const uint32_t*>(shared.ring) + threadIdx.x * 52;
-  for (int i = 0; i < kHeld * 4 + 8; ++i) a[i] = numbers[i];
-  for (int i = 0; i < 8; ++i) probabilities[i] = numbers[kHeld * 4 + 8 + i];
+  uint32_t queries[kQueryNumbers], probabilities[kProbabilityNumbers];  // the rotary ones last; those of half of the tokens
+  const auto* numbers = reinterpret_cast<const uint32_t*>(shared.ring) + threadIdx.x * kThreadNumbers;
+  for (int i = 0; i < kQueryNumbers; ++i) queries[i] = numbers[i];
+  for (int i = 0; i < kProbabilityNumbers; ++i) probabilities[i] = numbers[kQueryNumbers + i];
   float out[128] = {}, scores = 0;
   for (int time = 0; time < times; ++time) {
     float score[32];
@@ -108,18 +110,18 @@ __device__ void multiply_mixture(Shared& shared, int times, float* sink) {
     for (int step = 0; step < 16; ++step) {
       const uint32_t place = step / 4 * 8192 + step % 4 * 32;
       if (step % 2 == 0 || step == 15) {
-        ptx::wgmma<Element>(score, a + (step + 1) / 2 * 4, k.at(place), step > 0);
+        ptx::wgmma<Element>(score, queries + (step + 1) / 2 * 4, k.at(place), step > 0);
       } else {
         ptx::wgmma<Element>(score, k.at(place), k.at(place), 1);
       }
-      if (step % 8 == 7) ptx::wgmma<Element>(score, a + (kHeld + step / 8) * 4, k_rope.at(step / 8 * 32), 1);
+      if (step % 8 == 7) ptx::wgmma<Element>(score, queries + (kHeldSteps + step / 8) * 4, k_rope.at(step / 8 * 32), 1);
     }
     if constexpr (kExponentials) {
       ptx::wgmma_commit();
       ptx::wgmma_wait<0>();
       ptx::keep(score);
 #pragma unroll
-      for (int i = 0; i < 8; ++i) {
+      for (int i = 0; i < kProbabilityNumbers; ++i) {
         const auto power = [&](int k) { return ptx::exp2(score[k] * 0.01f - 1); };
         const __nv_bfloat162 two = __floats2bfloat162_rn(power(i * 2), power(i * 2 + 1));
         probabilities[i] = reinterpret_cast<const uint32_t&>(two);
@@ -132,7 +134,7 @@ __device__ void multiply_mixture(Shared& shared, int times, float* sink) {
     }
     ptx::wgmma_commit();
     ptx::wgmma_wait<0>();
-    ptx::keep(score), ptx::keep(out), ptx::keep(a), ptx::keep(probabilities);
+    ptx::keep(score), ptx::keep(out), ptx::keep(queries), ptx::keep(probabilities);
     scores += score[0];
   }
   use(out, scores, sink);
@@ -152,9 +154,7 @@ __device__ void multiply_wide(Shared& shared, int times, float* sink) {
     }
     ptx::wgmma_commit();
     ptx::wgmma_wait<0>();
-    ptx::keep(out);
-#pragma unroll
-    for (int i = 0; i < 16; ++i) asm volatile("" : "+r"(a[i]));
+    ptx::keep(out), ptx::keep(a);
   }
   use(out, 0, sink);
 }

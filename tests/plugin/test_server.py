@@ -2,75 +2,26 @@
 
 from __future__ import annotations
 
-import contextlib
-import re
-import socket
-import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import httpx
 import pytest
-from openai import OpenAI
 from transformers import AutoTokenizer
 
-from engine import CACHE_BYTES, MODEL, environment, run_engine
+from engine import MODEL, run_engine
 from prompts import demonstration_prompts
-
-START_SECONDS = 300
-
-
-class Server:
-    def __init__(self, port: int, log: Path, process: subprocess.Popen[bytes]) -> None:
-        self.url = f"http://127.0.0.1:{port}"
-        self.client = OpenAI(base_url=f"{self.url}/v1", api_key="none")
-        self.log, self.process = log, process
-
-    def wait(self) -> None:
-        deadline = time.monotonic() + START_SECONDS
-        while time.monotonic() < deadline and self.process.poll() is None:
-            with contextlib.suppress(httpx.TransportError):
-                if httpx.get(f"{self.url}/health").status_code == 200:
-                    return
-            time.sleep(0.5)
-        raise RuntimeError(self.log.read_text())
-
-    def metric(self, name: str) -> float:
-        text = httpx.get(f"{self.url}/metrics").text
-        return sum(float(value) for value in re.findall(rf"^{name}{{.*}} (\S+)$", text, re.MULTILINE))
-
-    def wait_until_idle(self) -> None:
-        for _ in range(100):
-            if self.metric("vllm:num_requests_running") + self.metric("vllm:num_requests_waiting") == 0:
-                return
-            time.sleep(0.1)
-        raise AssertionError("requests are still running 10 s after the last one ended")
+from server import Server, serving
 
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    log = tmp_path_factory.mktemp("server") / "log"
     vllm = str(Path(sys.executable).with_name("vllm"))
     lengths = ["--max-model-len", "1024", "--max-num-batched-tokens", "256"]
-    where = ["--host", "127.0.0.1", "--port", str(port)]
-    cache = ["--kv-cache-memory-bytes", str(CACHE_BYTES)]
-    command = [vllm, "serve", MODEL, "--dtype", "float32", "--enforce-eager", *lengths, *cache, *where]
-    with log.open("wb") as stream:
-        env = environment(VLLM_ATTENTION_BACKEND="HOPPER_MLA")
-        process = subprocess.Popen(command, env=env, stdout=stream, stderr=subprocess.STDOUT)
-    try:
-        server = Server(port, log, process)
-        server.wait()
+    log = tmp_path_factory.mktemp("server") / "log"
+    with serving([vllm], "--dtype", "float32", "--enforce-eager", *lengths, log=log) as server:
         yield server
-    finally:
-        process.terminate()
-        process.wait(60)
 
 
 PROMPTS = [prompt for characters in (60, 200, 500, 1500) for prompt in demonstration_prompts(4, characters)]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 import torch
 
@@ -91,6 +93,22 @@ def test_speculative_queries_of_mixed_lengths(roomy: Run) -> None:
     )
     assert speculative.accepted > 0
     assert speculative.tokens == roomy.tokens
+
+
+def test_tensor_parallel() -> None:
+    """Two workers with half of the heads each, on a processor each, where vLLM by itself wants a NUMA node for each."""
+    processors = sorted(os.sched_getaffinity(0))[:2]
+    if len(processors) < 2:
+        pytest.skip("needs two processors")
+    divided = run_engine(
+        tokenized(200),
+        GREEDY,
+        env={**BY_VARIABLE, "VLLM_CPU_OMP_THREADS_BIND": "|".join(map(str, processors))},
+        dtype="float32",
+        tensor_parallel_size=2,
+    )
+    assert "Using HOPPER_MLA attention backend: mla_decode by PyTorch reference on cpu." in divided.log
+    assert gaps_of(tokenized(200), divided.tokens).max() < ROUNDING
 
 
 def test_teacher_forced_logprobs_in_bf16(capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,0 +1,64 @@
+"""Whole vLLM engines on two GPUs with the compiled kernel: tensor, expert and pipeline parallel."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
+
+import pytest
+import torch
+
+from engine import Run, run_engine
+from mla_backend import has_compiled_kernels
+from tiny import gaps_of, tokenized
+
+pytestmark = pytest.mark.skipif(
+    not (torch.cuda.device_count() > 1 and has_compiled_kernels() and importlib.util.find_spec("vllm")),
+    reason="needs two Hopper GPUs, the compiled kernels and vLLM",
+)
+
+GREEDY = {"max_tokens": 64, "ignore_eos": True, "detokenize": False}
+GAP = 0.15  # in log-probability: rounding in bf16 makes about 0.05
+# All engines at once, as in test_vllm.py. The tiny model has 8 heads, so 4 on each of two GPUs.
+ENVIRONMENT: dict[str, str | None] = {
+    "OMP_NUM_THREADS": "1",
+    "VLLM_USE_FLASHINFER_SAMPLER": "0",
+    "VLLM_ATTENTION_BACKEND": "HOPPER_MLA",
+    "RAY_DEDUP_LOGS": "0",
+}
+SETTINGS = {
+    "dtype": "bfloat16",
+    "max_model_len": 4096,
+    "gpu_memory_utilization": 0.05,
+    "enable_flashinfer_autotune": False,
+    "enforce_eager": False,
+    "compilation_config": {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY", "cudagraph_capture_sizes": [1, 2, 4, 8]},
+}
+DIVIDED: dict[str, dict[str, Any]] = {
+    "tensor": {"tensor_parallel_size": 2},
+    "tensor and expert": {"tensor_parallel_size": 2, "enable_expert_parallel": True},
+    "tensor, on Ray": {"tensor_parallel_size": 2, "distributed_executor_backend": "ray"},
+    "pipeline": {"pipeline_parallel_size": 2},
+}
+
+
+@pytest.fixture(scope="module")
+def runs() -> Iterator[dict[str, Future[Run]]]:
+    prompts = tokenized(200)
+    with ThreadPoolExecutor(len(DIVIDED)) as pool:
+        yield {
+            name: pool.submit(run_engine, prompts, GREEDY, env=ENVIRONMENT, **SETTINGS, **sizes)
+            for name, sizes in DIVIDED.items()
+        }
+
+
+@pytest.mark.parametrize("name", DIVIDED)
+def test_every_token_is_likely(runs: dict[str, Future[Run]], name: str) -> None:
+    if "Ray" in name:
+        pytest.importorskip("ray")
+    run = runs[name].result()
+    assert "Using HOPPER_MLA attention backend: mla_decode by compiled kernel for sm_90a." in run.log
+    assert [len(tokens) for tokens in run.tokens] == [64] * 8
+    assert gaps_of(tokenized(200), run.tokens).max() < GAP

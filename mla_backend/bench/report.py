@@ -28,7 +28,8 @@ def table(rows: list[Row]) -> str:
         cells = [f"{t.median:16.1f}" if t.median else f"{'-':>16}" for t in row.timings.values()]
         ratio = best_peer_over_ours(row)
         ratios += [ratio] if ratio else []
-        lines.append(f"{row.shape:32} {row.floor:7.1f} {' '.join(cells)} {ratio or math.nan:17.2f}")
+        ahead = f"{ratio:17.2f}" if ratio else f"{'-':>17}"
+        lines.append(f"{row.shape:32} {row.floor:7.1f} {' '.join(cells)} {ahead}")
     if ratios:
         lines.append(f"geometric mean of best peer / ours: {math.exp(sum(map(math.log, ratios)) / len(ratios)):.3f}")
     return "\n".join(lines)

@@ -17,6 +17,8 @@ from typing import Any
 
 MODEL = str(Path(__file__).parents[1] / "examples" / "tiny_deepseek")
 CACHE_BYTES = 100_000_000
+OURS = ["mla_backend.plugin.backend.HopperMLABackend"]
+"""What `Run.backends` has of a worker with our backend in all layers."""
 
 
 @dataclass
@@ -29,6 +31,7 @@ class Run:
         preemptions: how often a request lost its cache and was computed again.
         prefix_hits: prompt tokens that prefix caching saved.
         accepted: guessed tokens that turned out right, with speculative decoding.
+        backends: per worker, the attention backends of its layers, as paths of classes.
         log: everything that the engine's processes printed.
     """
 
@@ -37,6 +40,7 @@ class Run:
     preemptions: int
     prefix_hits: int
     accepted: int
+    backends: list[list[str]]
     log: str
 
 
@@ -44,9 +48,9 @@ def environment(**changes: str | None) -> dict[str, str]:
     """Return this process's environment with VLLM_ATTENTION_BACKEND unset and `changes` made; None unsets.
 
     Without torch.compile, which vLLM uses for log-probabilities even where it is to be eager: that would need a C++
-    compiler, and fails on the CPU in a folder whose path has a space.
+    compiler, and fails on the CPU in a folder whose path has a space. And workers run functions that are sent to them.
     """
-    fixed = {"VLLM_ATTENTION_BACKEND": None, "TORCHDYNAMO_DISABLE": "1"}
+    fixed = {"VLLM_ATTENTION_BACKEND": None, "TORCHDYNAMO_DISABLE": "1", "VLLM_ALLOW_INSECURE_SERIALIZATION": "1"}
     merged: dict[str, str | None] = {**os.environ, **fixed, **changes}
     return {name: value for name, value in merged.items() if value is not None}
 
@@ -73,6 +77,15 @@ def run_engine(
         return Run(**json.loads(result.read_text()), log=done.stdout)
 
 
+def backends_of(worker: Any) -> list[str]:
+    """Return the attention backends of a worker's layers, each once. Runs in the worker."""
+    from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
+
+    layers = worker.vllm_config.compilation_config.static_forward_context.values()
+    backends = [layer.get_attn_backend() for layer in layers if isinstance(layer, AttentionLayerBase)]
+    return sorted({f"{backend.__module__}.{backend.__name__}" for backend in backends})
+
+
 def main() -> None:
     from vllm import LLM, SamplingParams
 
@@ -92,6 +105,7 @@ def main() -> None:
         "preemptions": metrics["vllm:num_preemptions"],
         "prefix_hits": metrics["vllm:prefix_cache_hits"],
         "accepted": metrics.get("vllm:spec_decode_num_accepted_tokens", 0),
+        "backends": llm.collective_rpc(backends_of),
     }
     Path(job["result"]).write_text(json.dumps(result))
 

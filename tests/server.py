@@ -6,6 +6,7 @@ import contextlib
 import re
 import socket
 import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -46,23 +47,22 @@ class Server:
 
 
 @contextlib.contextmanager
-def serving(vllm: list[str], *options: str, log: Path, **env: str | None) -> Iterator[Server]:
-    """Start `vllm serve` with our backend, chosen by variable, and wait until it answers.
+def serving(*options: str, log: Path) -> Iterator[Server]:
+    """Start `vllm serve` with our backend, chosen by variable, wait until it answers, and stop it afterwards.
 
     Args:
-        vllm: the command `vllm`.
         options: of `vllm serve`, beside the model, its cache and where to listen.
         log: a file for all that the server's processes print.
-        env: changes to the environment, as in `engine.environment`.
     """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     where = ["--host", "127.0.0.1", "--port", str(port)]
-    command = [*vllm, "serve", MODEL, "--kv-cache-memory-bytes", str(CACHE_BYTES), *where, *options]
+    vllm = str(Path(sys.executable).with_name("vllm"))
+    command = [vllm, "serve", MODEL, "--kv-cache-memory-bytes", str(CACHE_BYTES), *where, *options]
     with log.open("wb") as stream:
-        variables = environment(VLLM_ATTENTION_BACKEND="HOPPER_MLA", **env)
-        process = subprocess.Popen(command, env=variables, stdout=stream, stderr=subprocess.STDOUT)
+        env = environment(VLLM_ATTENTION_BACKEND="HOPPER_MLA")
+        process = subprocess.Popen(command, env=env, stdout=stream, stderr=subprocess.STDOUT)
     try:
         server = Server(port, log, process)
         server.wait()

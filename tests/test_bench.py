@@ -14,7 +14,7 @@ from mla_backend.bench.contenders import OURS
 from mla_backend.bench.engine import covered
 from mla_backend.bench.main import print_slower
 from mla_backend.bench.measure import Row, Timing
-from mla_backend.bench.report import cliffs, interpolated, one_layer
+from mla_backend.bench.report import cliffs, interpolated, one_layer, table
 from mla_backend.bench.shapes import DEFAULT, LINES, MOST_TOKENS, anywhere, uniform
 
 
@@ -24,6 +24,16 @@ def test_a_floor_is_what_bytes_or_flops_take() -> None:
     assert shape.flops == 2 * 8 * 4096 * 16 * (576 + 512)
     assert shape.floor(shape.bytes, shape.flops / 2) == 2.0
     assert shape.floor(shape.bytes / 3, shape.flops) == 3.0
+
+
+def test_the_table_has_a_dash_where_no_peer_ran() -> None:
+    ours = Timing(10, 9, 11)
+    alone = Row("alone", 16, 16, 5, {OURS: ours, "a peer": Timing(failure="not installed")})
+    beside = Row("beside", 16, 16, 5, {OURS: ours, "a peer": Timing(20, 19, 21)})
+    lines = table([alone, beside]).splitlines()
+    assert [line.split()[1:] for line in lines[1:3]] == [["5.0", "10.0", "-", "-"], ["5.0", "10.0", "20.0", "2.00"]]
+    assert lines[3:] == ["geometric mean of best peer / ours: 2.000"]
+    assert len(table([alone]).splitlines()) == 2
 
 
 def test_time_in_which_kernels_overlap_counts_once() -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from engine import Run, run_engine
+from engine import OURS, Run, run_engine
 from mla_backend import has_compiled_kernels
 from tiny import gaps_of, tokenized
 
@@ -21,7 +21,6 @@ pytestmark = pytest.mark.skipif(
 
 GREEDY = {"max_tokens": 64, "ignore_eos": True, "detokenize": False}
 GAP = 0.15  # in log-probability: rounding in bf16 makes about 0.05
-# All engines at once, as in test_vllm.py. The tiny model has 8 heads, so 4 on each of two GPUs.
 ENVIRONMENT: dict[str, str | None] = {
     "OMP_NUM_THREADS": "1",
     "VLLM_USE_FLASHINFER_SAMPLER": "0",
@@ -36,6 +35,7 @@ SETTINGS = {
     "enforce_eager": False,
     "compilation_config": {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY", "cudagraph_capture_sizes": [1, 2, 4, 8]},
 }
+# The tiny model has 8 heads, 4 for each GPU by tensors, and 3 layers, one or two for each in a pipeline.
 DIVIDED: dict[str, dict[str, Any]] = {
     "tensor": {"tensor_parallel_size": 2},
     "tensor and expert": {"tensor_parallel_size": 2, "enable_expert_parallel": True},
@@ -46,6 +46,7 @@ DIVIDED: dict[str, dict[str, Any]] = {
 
 @pytest.fixture(scope="module")
 def runs() -> Iterator[dict[str, Future[Run]]]:
+    """All engines at once, because what they do takes seconds and starting one most of a minute."""
     prompts = tokenized(200)
     with ThreadPoolExecutor(len(DIVIDED)) as pool:
         yield {
@@ -60,5 +61,6 @@ def test_every_token_is_likely(runs: dict[str, Future[Run]], name: str) -> None:
         pytest.importorskip("ray")
     run = runs[name].result()
     assert "Using HOPPER_MLA attention backend: mla_decode by compiled kernel for sm_90a." in run.log
+    assert run.backends == [OURS] * 2
     assert [len(tokens) for tokens in run.tokens] == [64] * 8
     assert gaps_of(tokenized(200), run.tokens).max() < GAP

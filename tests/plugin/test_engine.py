@@ -7,7 +7,7 @@ import os
 import pytest
 import torch
 
-from engine import Run, run_engine
+from engine import OURS, Run, run_engine
 from tiny import gaps_of, greedy, mean_difference, tokenized
 
 GREEDY = {"max_tokens": 64, "ignore_eos": True, "detokenize": False}
@@ -107,7 +107,8 @@ def test_tensor_parallel() -> None:
         dtype="float32",
         tensor_parallel_size=2,
     )
-    assert "Using HOPPER_MLA attention backend: mla_decode by PyTorch reference on cpu." in divided.log
+    assert divided.backends == [OURS] * 2
+    assert [len(tokens) for tokens in divided.tokens] == [64] * 8
     assert gaps_of(tokenized(200), divided.tokens).max() < ROUNDING
 
 

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import pytest
 from transformers import AutoTokenizer
@@ -17,10 +15,9 @@ from server import Server, serving
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    vllm = str(Path(sys.executable).with_name("vllm"))
     lengths = ["--max-model-len", "1024", "--max-num-batched-tokens", "256"]
     log = tmp_path_factory.mktemp("server") / "log"
-    with serving([vllm], "--dtype", "float32", "--enforce-eager", *lengths, log=log) as server:
+    with serving("--dtype", "float32", "--enforce-eager", *lengths, log=log) as server:
         yield server
 
 

@@ -17,7 +17,9 @@ from typing import Any
 
 MODEL = str(Path(__file__).parents[1] / "examples" / "tiny_deepseek")
 CACHE_BYTES = 100_000_000
-OURS = ["mla_backend.plugin.backend.HopperMLABackend"]
+GREEDY: dict[str, Any] = {"max_tokens": 64, "ignore_eos": True, "detokenize": False}
+IN_ONE_PROCESS = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}  # the same requests in every step, however busy the machine is
+ONLY_OURS = ["mla_backend.plugin.backend.HopperMLABackend"]
 """What `Run.backends` has of a worker with our backend in all layers."""
 
 

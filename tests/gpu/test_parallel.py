@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 import torch
 
-from engine import OURS, Run, run_engine
+from engine import GREEDY, ONLY_OURS, Run, run_engine
+from gpu_engine import BESIDE, GAP, GRAPHS, ON_RAY
 from mla_backend import has_compiled_kernels
 from tiny import gaps_of, tokenized
 
@@ -19,22 +20,6 @@ pytestmark = pytest.mark.skipif(
     reason="needs two Hopper GPUs, the compiled kernels and vLLM",
 )
 
-GREEDY = {"max_tokens": 64, "ignore_eos": True, "detokenize": False}
-GAP = 0.15  # in log-probability: rounding in bf16 makes about 0.05
-ENVIRONMENT: dict[str, str | None] = {
-    "OMP_NUM_THREADS": "1",
-    "VLLM_USE_FLASHINFER_SAMPLER": "0",
-    "VLLM_ATTENTION_BACKEND": "HOPPER_MLA",
-    "RAY_DEDUP_LOGS": "0",
-}
-SETTINGS = {
-    "dtype": "bfloat16",
-    "max_model_len": 4096,
-    "gpu_memory_utilization": 0.05,
-    "enable_flashinfer_autotune": False,
-    "enforce_eager": False,
-    "compilation_config": {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY", "cudagraph_capture_sizes": [1, 2, 4, 8]},
-}
 # The tiny model has 8 heads, 4 for each GPU by tensors, and 3 layers, one or two for each in a pipeline.
 DIVIDED: dict[str, dict[str, Any]] = {
     "tensor": {"tensor_parallel_size": 2},
@@ -46,11 +31,10 @@ DIVIDED: dict[str, dict[str, Any]] = {
 
 @pytest.fixture(scope="module")
 def runs() -> Iterator[dict[str, Future[Run]]]:
-    """All engines at once, because what they do takes seconds and starting one most of a minute."""
     prompts = tokenized(200)
     with ThreadPoolExecutor(len(DIVIDED)) as pool:
         yield {
-            name: pool.submit(run_engine, prompts, GREEDY, env=ENVIRONMENT, **SETTINGS, **sizes)
+            name: pool.submit(run_engine, prompts, GREEDY, env=ON_RAY, **BESIDE, **GRAPHS, **sizes)
             for name, sizes in DIVIDED.items()
         }
 
@@ -61,6 +45,6 @@ def test_every_token_is_likely(runs: dict[str, Future[Run]], name: str) -> None:
         pytest.importorskip("ray")
     run = runs[name].result()
     assert "Using HOPPER_MLA attention backend: mla_decode by compiled kernel for sm_90a." in run.log
-    assert run.backends == [OURS] * 2
+    assert run.backends == [ONLY_OURS] * 2
     assert [len(tokens) for tokens in run.tokens] == [64] * 8
     assert gaps_of(tokenized(200), run.tokens).max() < GAP

@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 import torch
 
-from engine import Run, run_engine
+from engine import GREEDY, IN_ONE_PROCESS, Run, run_engine
+from gpu_engine import BESIDE, GAP, GRAPHS, ON_RAY, OTHERS, OURS
 from mla_backend import has_compiled_kernels
 from tiny import gaps_of, greedy, mean_difference, tokenized
 
@@ -19,28 +20,11 @@ pytestmark = pytest.mark.skipif(
     reason="needs a Hopper GPU, the compiled kernels and vLLM",
 )
 
-GREEDY = {"max_tokens": 64, "ignore_eos": True, "detokenize": False}
 SHORT, LONG = 200, 1500  # characters of the prompts
 MIXED = 64  # requests
-GAP = 0.15  # in log-probability: rounding in bf16 makes about 0.05
-
-# What engines need to start beside each other. The size of the cache is fixed by run_engine, so none measures how much
-# memory the others leave; what they must find free is small. FlashInfer's samplers and tuning only cost time here.
-BESIDE = {"gpu_memory_utilization": 0.05, "enable_flashinfer_autotune": False}
-OTHERS: dict[str, str | None] = {"OMP_NUM_THREADS": "1", "VLLM_USE_FLASHINFER_SAMPLER": "0"}
-OURS = {**OTHERS, "VLLM_ATTENTION_BACKEND": "HOPPER_MLA"}
-IN_ONE_PROCESS = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}  # the same requests in every step, however busy the machine is
 
 FLASHMLA = {"attention_config": {"backend": "FLASHMLA"}}
 EAGER = {"enforce_eager": True}
-GRAPHS = {
-    "enforce_eager": False,
-    "compilation_config": {
-        "mode": 0,
-        "cudagraph_mode": "FULL_DECODE_ONLY",
-        "cudagraph_capture_sizes": [1, 2, 4, 8, 16, 32, 64],
-    },
-}
 DECODE_WAY = {"max_num_batched_tokens": 64, "max_num_seqs": 8, "enable_prefix_caching": False}  # in prefills too
 
 
@@ -52,7 +36,6 @@ def mixed_prompts() -> list[list[int]]:
 
 @pytest.fixture(scope="module")
 def runs() -> Iterator[dict[str, Future[Run]]]:
-    """All engines at once, because what they do takes seconds and starting one most of a minute."""
     short, long, mixed = tokenized(SHORT), tokenized(LONG), mixed_prompts()
     score, few = {"max_tokens": 1, "prompt_logprobs": 0}, {**GREEDY, "max_tokens": 8}
     alone = {"max_num_seqs": 1, "enable_prefix_caching": False}
@@ -61,12 +44,10 @@ def runs() -> Iterator[dict[str, Future[Run]]]:
         def start(
             prompts: list[list[int]], sampling: dict[str, Any], env: dict[str, str | None], **llm: Any
         ) -> Future[Run]:
-            settings = {"dtype": "bfloat16", "max_model_len": 4096, **BESIDE, **llm}
-            return pool.submit(run_engine, prompts, sampling, env=env, **settings)
+            return pool.submit(run_engine, prompts, sampling, env=env, **BESIDE, **llm)
 
-        with_ray = {**OURS, "RAY_DEDUP_LOGS": "0"}
         yield {
-            "ray": start(short, GREEDY, with_ray, distributed_executor_backend="ray", **GRAPHS),
+            "ray": start(short, GREEDY, ON_RAY, distributed_executor_backend="ray", **GRAPHS),
             "graphs": start(short, GREEDY, {**OURS, **IN_ONE_PROCESS}, **GRAPHS),
             "graphs, FLASHMLA": start(short, GREEDY, {**OTHERS, **IN_ONE_PROCESS}, **GRAPHS, **FLASHMLA),
             "eager": start(short, GREEDY, {**OURS, **IN_ONE_PROCESS}, **EAGER),

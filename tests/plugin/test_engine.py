@@ -7,15 +7,13 @@ import os
 import pytest
 import torch
 
-from engine import OURS, Run, run_engine
+from engine import GREEDY, IN_ONE_PROCESS, ONLY_OURS, Run, run_engine
 from tiny import gaps_of, greedy, mean_difference, tokenized
 
-GREEDY = {"max_tokens": 64, "ignore_eos": True, "detokenize": False}
 BY_VARIABLE = {"VLLM_ATTENTION_BACKEND": "HOPPER_MLA"}
 # In log-probability. Two tokens that are as likely but for fp32's rounding, which differs between processors, are both
 # right: 1e-5 was seen. A softmax scale that is 1 % off makes 0.02.
 ROUNDING = 1e-4
-IN_ONE_PROCESS = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
 
 
 @pytest.fixture(scope="module")
@@ -107,7 +105,7 @@ def test_tensor_parallel() -> None:
         dtype="float32",
         tensor_parallel_size=2,
     )
-    assert divided.backends == [OURS] * 2
+    assert divided.backends == [ONLY_OURS] * 2
     assert [len(tokens) for tokens in divided.tokens] == [64] * 8
     assert gaps_of(tokenized(200), divided.tokens).max() < ROUNDING
 

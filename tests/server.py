@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import re
+import shutil
 import socket
 import subprocess
 import sys
@@ -34,9 +36,10 @@ class Server:
             time.sleep(0.5)
         raise RuntimeError(self.log.read_text())
 
-    def metric(self, name: str) -> float:
+    def metric(self, name: str, label: str = "") -> float:
+        """Return the sum of a metric's values, or of those with `label`, as in 'engine="0"'."""
         text = httpx.get(f"{self.url}/metrics").text
-        return sum(float(value) for value in re.findall(rf"^{name}{{.*}} (\S+)$", text, re.MULTILINE))
+        return sum(float(value) for value in re.findall(rf"^{name}{{.*{label}.*}} (\S+)$", text, re.MULTILINE))
 
     def wait_until_idle(self) -> None:
         for _ in range(100):
@@ -47,22 +50,24 @@ class Server:
 
 
 @contextlib.contextmanager
-def serving(*options: str, log: Path) -> Iterator[Server]:
+def serving(*options: str, log: Path, env: dict[str, str | None] | None = None) -> Iterator[Server]:
     """Start `vllm serve` with our backend, chosen by variable, wait until it answers, and stop it afterwards.
 
     Args:
         options: of `vllm serve`, beside the model, its cache and where to listen.
         log: a file for all that the server's processes print.
+        env: more variables; None unsets.
     """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     where = ["--host", "127.0.0.1", "--port", str(port)]
-    vllm = str(Path(sys.executable).with_name("vllm"))
+    vllm = shutil.which("vllm", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
+    assert vllm is not None, "no command `vllm` beside Python or on PATH"
     command = [vllm, "serve", MODEL, "--kv-cache-memory-bytes", str(CACHE_BYTES), *where, *options]
     with log.open("wb") as stream:
-        env = environment(VLLM_ATTENTION_BACKEND="HOPPER_MLA")
-        process = subprocess.Popen(command, env=env, stdout=stream, stderr=subprocess.STDOUT)
+        merged = environment(**{"VLLM_ATTENTION_BACKEND": "HOPPER_MLA", **(env or {})})
+        process = subprocess.Popen(command, env=merged, stdout=stream, stderr=subprocess.STDOUT)
     try:
         server = Server(port, log, process)
         server.wait()

@@ -3,10 +3,10 @@
 // With few rows the time goes into reading the cache, and padding the rows to 64 would only keep tiles in shared memory
 // for longer. So everything is transposed: scores are tile x queries (64 tokens x N rows), and the output is values x
 // probabilities (512 columns x N rows), with the tile as the first operand both times, K-major and then M-major. (The
-// idea is published as ETAP, arXiv 2506.01969.) Of the output each of the two warpgroups computes half of the columns. The
-// scores they divide in one of two ways: with up to 32 rows each computes all of them over half of the 576 numbers and adds
-// what the other has found over its half; with 64 each computes those of half of the rows, because shared memory has no room
-// for scores then, and the probabilities are all that they share.
+// idea is published as ETAP, arXiv 2506.01969.) Of the output each of the two warpgroups computes half of the columns, and of
+// the probabilities those of half of the rows, for both. With up to 32 rows each computes all scores over half of the 576 numbers
+// and hands the other one those of its rows, which adds them to its own; with 64, when shared memory has no room for scores, each
+// computes those of its rows over all numbers.
 #pragma once
 
 #include "combine.cuh"
@@ -17,31 +17,23 @@ constexpr int kColumnBlocks = kHeadDim / 64;
 constexpr int kGroupBlocks = kLatentDim / 64 / 2;  // blocks of 64 output columns of a warpgroup
 constexpr int kMathBarrier = kQueriesBarrier + 1;  // named barrier of both warpgroups
 
-// How the warpgroups divide the scores of N rows.
-template <int kN>
-struct NarrowScores {
-  static constexpr bool kByRows = kN == 64;
-  static constexpr int kRows = kByRows ? kN / 2 : kN;  // that a warpgroup finds the probabilities of
-};
-
 template <typename Element, int kN>
 struct alignas(1024) NarrowShared {
-  using Scores = NarrowScores<kN>;
+  static constexpr int kRows = kN / 2;         // that a warpgroup finds the probabilities of
+  static constexpr bool kByColumns = kN < 64;  // whether it computes all scores over half of the numbers
   static constexpr int kQueryStages = kN == 16 ? 2 : 1;  // what there is room for
   ColumnBlock<Element> tile[2][kColumnBlocks];
   Element query[kQueryStages][kColumnBlocks][kN][64];
-  Element probabilities[Scores::kByRows ? 1 : 2][kN][64];  // all that a warpgroup multiplies
+  Element probabilities[kN][64];
   struct Nothing {};
-  // For every other tile, per warpgroup: what it has found over its half.
-  std::conditional_t<Scores::kByRows, Nothing, float4[2][2][kN / 8][128]> scores;
-  float exchange[2][4][Scores::kRows];  // per warpgroup and warp: maxima of its rows, at the end their sums
-  // Where each warpgroup has the scores of half of the rows: what both multiply a row's results by, and its reference at the end.
-  alignas(8) float factor[Scores::kByRows ? kN : 1], reference[Scores::kByRows ? kN : 1];
+  std::conditional_t<kByColumns, float4[2][kRows / 8][128], Nothing> scores;  // that a warpgroup hands the other one
+  float exchange[2][4][kRows];  // per warpgroup and warp: maxima of its rows, at the end their sums
+  alignas(8) float factor[kN];  // what both warpgroups multiply a row's results by
+  float log2_sum[kN];           // a row's reference at the end, then the logarithm of its denominator
   Piece work[2];
   SplitPieces split;
   Pipeline<2, kColumnBlocks> tiles;
   Pipeline<kQueryStages> queries;
-  uint64_t scores_full;
 };
 
 // The query row that is a thread's column `c` of any accumulator.
@@ -159,23 +151,16 @@ __device__ __forceinline__ void add_parts(const Rows<Element>& results, float (&
 
 template <typename Element, int kN>
 __device__ void consume_narrow(const DecodeParams& params, NarrowShared<Element, kN>& shared) {
-  using Scores = NarrowScores<kN>;
-  constexpr int kScores = Scores::kRows / 2, kColumns = Scores::kRows / 4;  // that a thread holds: scores, and parts of rows
+  using Shared = NarrowShared<Element, kN>;
+  constexpr int kScores = Shared::kRows / 2, kColumns = Shared::kRows / 4;  // that a thread holds: scores, and parts of rows
   const int group = ptx::uniform(threadIdx.x / 128), warp = threadIdx.x / 32 % 4, lane = threadIdx.x % 32;
-  const int own_token = warp * 16 + lane / 4;  // of a tile, and the one 8 further on
-  const int first_row = Scores::kByRows ? group * Scores::kRows : 0;                // that the warpgroup has scores of
+  const int own_token = warp * 16 + lane / 4;   // of a tile, and the one 8 further on
+  const int first_row = group * Shared::kRows;  // that the warpgroup finds the probabilities of
   const int own_barrier = kGroupBarrier + group;
   const float scale_log2 = params.softmax_scale * kLog2E;
-  // Those who multiply the same probabilities.
-  const auto meet = [&] {
-    Scores::kByRows ? ptx::named_barrier_sync<kMathThreads>(kMathBarrier) : ptx::named_barrier_sync<128>(own_barrier);
-  };
-  const auto any = [&](bool mine) {
-    return Scores::kByRows ? ptx::named_barrier_any<kMathThreads>(kMathBarrier, mine)
-                           : ptx::named_barrier_any<128>(own_barrier, mine);
-  };
+  const auto meet = [] { ptx::named_barrier_sync<kMathThreads>(kMathBarrier); };
 
-  const uint32_t probabilities = ptx::shared_address(shared.probabilities[Scores::kByRows ? 0 : group]);
+  const uint32_t probabilities = ptx::shared_address(shared.probabilities);
   int number = 0;  // of tiles so far
   for (int pieces = 0;; ++pieces) {
     const int query_stage = ptx::uniform(shared.queries.stage(pieces));
@@ -199,12 +184,12 @@ __device__ void consume_narrow(const DecodeParams& params, NarrowShared<Element,
       ColumnBlock<Element>(&tile)[kColumnBlocks] = shared.tile[ptx::uniform(shared.tiles.stage(number))];
       const uint32_t own_values = ptx::shared_address(tile[group * kGroupBlocks]);
 
-      // score[4 * j + 2 * i + e] is token own_token + 8 * i and query row first_row + own_column(2 * j + e).
-      float score[kScores];
-      const ptx::Matrix keys(ptx::shared_address(tile) + (Scores::kByRows ? 0 : group * 64), 0, 1024);
-      const ptx::Matrix query(
-          ptx::shared_address(shared.query[query_stage]) + (Scores::kByRows ? first_row * 128 : group * 64), 0, 1024);
-      constexpr int kBlockSteps = Scores::kByRows ? 4 : 2;  // or half of every column block
+      // product[4 * j + 2 * i + e] is token own_token + 8 * i and query row own_column(2 * j + e), of all rows or of the own ones.
+      float product[Shared::kByColumns ? kN / 2 : kScores];
+      constexpr int kBlockSteps = Shared::kByColumns ? 2 : 4;  // half of every column block, or all of it
+      const uint32_t first_column = Shared::kByColumns ? group * 64 : 0, first_query = Shared::kByColumns ? 0 : first_row * 128;
+      const ptx::Matrix keys(ptx::shared_address(tile) + first_column, 0, 1024);
+      const ptx::Matrix query(ptx::shared_address(shared.query[query_stage]) + first_query + first_column, 0, 1024);
 #pragma unroll
       for (int step = 0; step < kColumnBlocks * kBlockSteps; ++step) {
         const uint32_t block = step / kBlockSteps, inner = step % kBlockSteps * 32;
@@ -212,27 +197,32 @@ __device__ void consume_narrow(const DecodeParams& params, NarrowShared<Element,
           shared.tiles.wait_full(number, block);
           ptx::wgmma_fence();  // without it the compiler adds it, and says so
         }
-        ptx::wgmma<Element>(score, keys.at(block * sizeof(ColumnBlock<Element>) + inner),
+        ptx::wgmma<Element>(product, keys.at(block * sizeof(ColumnBlock<Element>) + inner),
                             query.at(block * sizeof(shared.query[0][0]) + inner), step > 0);
       }
       ptx::wgmma_commit();
       ptx::wgmma_wait<0>();
-      ptx::keep(score);
-      if constexpr (Scores::kByRows) {
-        if (t + 1 == piece.last_tile) shared.queries.release(pieces);
-        meet();  // from here on nobody reads the tile's keys, and the probabilities of the tile before
-      } else {
-        auto& halves = shared.scores[number & 1];
+      ptx::keep(product);
+      if (t + 1 == piece.last_tile) shared.queries.release(pieces);
+      float score[kScores];  // of the own rows
+      if constexpr (Shared::kByColumns) {
+        float other[4];
 #pragma unroll
-        for (int j = 0; j < kN / 8; ++j) {
-          halves[group][j][threadIdx.x % 128] = make_float4(score[j * 4], score[j * 4 + 1], score[j * 4 + 2], score[j * 4 + 3]);
+        for (int k = 0; k < kScores; ++k) {
+          const float low = product[k], high = product[kScores + k];
+          score[k] = group ? high : low, other[k % 4] = group ? low : high;
+          if (k % 4 == 3) shared.scores[group][k / 4][threadIdx.x % 128] = make_float4(other[0], other[1], other[2], other[3]);
         }
-        ptx::mbarrier_arrive(&shared.scores_full);
-        ptx::mbarrier_wait(&shared.scores_full, number & 1);
+      } else {
 #pragma unroll
-        for (int j = 0; j < kN / 8; ++j) {
-          const float4 other = halves[1 - group][j][threadIdx.x % 128];
-          score[j * 4] += other.x, score[j * 4 + 1] += other.y, score[j * 4 + 2] += other.z, score[j * 4 + 3] += other.w;
+        for (int k = 0; k < kScores; ++k) score[k] = product[k];
+      }
+      meet();  // from here on nobody reads the tile's keys, and the probabilities of the tile before
+      if constexpr (Shared::kByColumns) {
+#pragma unroll
+        for (int j = 0; j < Shared::kRows / 8; ++j) {
+          const float4 half = shared.scores[1 - group][j][threadIdx.x % 128];
+          score[j * 4] += half.x, score[j * 4 + 1] += half.y, score[j * 4 + 2] += half.z, score[j * 4 + 3] += half.w;
         }
       }
 
@@ -260,12 +250,15 @@ __device__ void consume_narrow(const DecodeParams& params, NarrowShared<Element,
           power[k] = ptx::exp2(score[k] * scale_log2 - (relative_to == -INFINITY ? 0 : relative_to));
         }
 #pragma unroll
-        for (int j = 0; j < Scores::kRows / 8; j += 2) {
+        for (int j = 0; j < Shared::kRows / 8; j += 2) {
           const int row = first_row + (j + lane / 16) * 8 + lane % 8, chunk = warp * 2 + lane / 8 % 2;
-          ptx::stmatrix_x4_trans(probabilities + swizzled_128(row, chunk), pack<Element>(power[j * 4], power[j * 4 + 1]),
-                                 pack<Element>(power[j * 4 + 2], power[j * 4 + 3]),
-                                 pack<Element>(power[j * 4 + 4], power[j * 4 + 5]),
-                                 pack<Element>(power[j * 4 + 6], power[j * 4 + 7]));
+          const uint32_t to = probabilities + swizzled_128(row, chunk);
+          const auto two = [&](int k) { return pack<Element>(power[k], power[k + 1]); };
+          if constexpr (Shared::kRows == 8) {
+            ptx::stmatrix_x2_trans(to, two(0), two(2));
+          } else {
+            ptx::stmatrix_x4_trans(to, two(j * 4), two(j * 4 + 2), two(j * 4 + 4), two(j * 4 + 6));
+          }
         }
         ptx::fence_proxy_async();
       };
@@ -278,7 +271,7 @@ __device__ void consume_narrow(const DecodeParams& params, NarrowShared<Element,
         for (int k = 0; k < kScores; ++k) {
           own_outgrown |= power[k] > (reference[k / 4 * 2 + k % 2] == -INFINITY ? 0 : kPatienceFactor);
         }
-        outgrown = any(own_outgrown);
+        outgrown = ptx::named_barrier_any<kMathThreads>(kMathBarrier, own_outgrown);
       }
       if (outgrown) {
 #pragma unroll
@@ -299,20 +292,14 @@ __device__ void consume_narrow(const DecodeParams& params, NarrowShared<Element,
           reference[c] = followed;
           sum[c] *= decay[c];
         }
-        if constexpr (Scores::kByRows) {
+        if (t > piece.first_tile) {  // else there is nothing to scale
 #pragma unroll
           for (int c = 0; c < kColumns; ++c) {
             if (threadIdx.x % 128 < 4) shared.factor[first_row + own_column(c)] = decay[c];
           }
           meet();
-        }
 #pragma unroll
-        for (int c = 0; c < kN / 4; ++c) {
-          if constexpr (Scores::kByRows) {
-            scale(c, shared.factor[own_column(c)]);
-          } else {
-            scale(c, decay[c]);
-          }
+          for (int c = 0; c < kN / 4; ++c) scale(c, shared.factor[own_column(c)]);
         }
         weigh();
         meet();
@@ -339,68 +326,48 @@ __device__ void consume_narrow(const DecodeParams& params, NarrowShared<Element,
       if (threadIdx.x % 128 == 0) shared.tiles.release(number);
     }
 
-    if constexpr (!Scores::kByRows) shared.queries.release(pieces);
-
     // Denominators: over the lanes, then over the warps.
 #pragma unroll
     for (int c = 0; c < kColumns; ++c) {
       sum[c] = column_sum(sum[c]);
       if (lane < 4) shared.exchange[group][warp][own_column(c)] = sum[c];
-      if (Scores::kByRows && threadIdx.x % 128 < 4) shared.reference[first_row + own_column(c)] = reference[c];
+      if (threadIdx.x % 128 < 4) shared.log2_sum[first_row + own_column(c)] = reference[c];
     }
     meet();
     const Rows<Element> results(params, piece, 0);
-    const auto total_of = [&](int of_group, int row) {
+    if (const int row = threadIdx.x; row < kN) {
       float total = 0;
 #pragma unroll
-      for (int w = 0; w < 4; ++w) total += shared.exchange[of_group][w][row];
-      return total;
-    };
-    const auto factor_of = [](float total) { return total > 0 ? ptx::reciprocal(total) : 0; };
-    const auto log2_of = [](float total, float relative_to) {
-      return total > 0 ? relative_to + ptx::log2(total) : -INFINITY;
-    };
-    float log2_sums[kColumns];
-    if constexpr (Scores::kByRows) {
-      // Each thread has columns of all rows: a thread for each row finds its factor.
-      if (const int row = threadIdx.x; row < kN) {
-        const float total = total_of(row / Scores::kRows, row % Scores::kRows);
-        const float log2_sum = log2_of(total, shared.reference[row]);
-        shared.factor[row] = factor_of(total);
-        if (row < results.last_row && results.complete) results.store_lse(row, log2_sum);
-        if (row < results.last_row && !results.complete) results.store_partial_lse(row, log2_sum);
-      }
-      meet();
-#pragma unroll
-      for (int c = 0; c < kN / 4; ++c) scale(c, shared.factor[own_column(c)]);
-    } else {
-#pragma unroll
-      for (int c = 0; c < kColumns; ++c) {
-        const float total = total_of(group, own_column(c));
-        scale(c, factor_of(total)), log2_sums[c] = log2_of(total, reference[c]);
-      }
+      for (int w = 0; w < 4; ++w) total += shared.exchange[row / Shared::kRows][w][row % Shared::kRows];
+      shared.factor[row] = total > 0 ? ptx::reciprocal(total) : 0;
+      const float log2_sum = total > 0 ? shared.log2_sum[row] + ptx::log2(total) : -INFINITY;
+      shared.log2_sum[row] = log2_sum;
+      if (row < results.last_row && !results.complete) results.store_partial_lse(row, log2_sum);
+      if (row < results.last_row && results.parts == 0) results.store_lse(row, log2_sum);
     }
-    const auto for_each_lse = [&](auto store) {
+    meet();
 #pragma unroll
-      for (int c = 0; c < kColumns; ++c) {
-        if (const int row = own_column(c); threadIdx.x < 4 && row < results.last_row) store(row, log2_sums[c]);
-      }
-    };
+    for (int c = 0; c < kN / 4; ++c) scale(c, shared.factor[own_column(c)]);
     // In this order in the machine code, too: where there is little work, parts are what is stored, with code that nobody has
     // needed before.
     int complete = results.complete;
     if (!complete) {
       store_part<Element, kN>(results, out, group);
-      if constexpr (!Scores::kByRows) {
-        for_each_lse([&](int row, float x) { results.store_partial_lse(row, x); });
-      }
       results.announce(own_barrier);
     }
     asm volatile("" : "+r"(complete));
     if (complete) {
-      if constexpr (!Scores::kByRows) {
-        if (results.template wait_for_others<2>(own_barrier)) add_parts<Element, kN>(results, out, log2_sums, group);
-        for_each_lse([&](int row, float x) { results.store_lse(row, x); });
+      if constexpr (kN < 64) {  // with 64 rows there are no registers for it, and no schedule asks for it
+        if (results.template wait_for_others<2>(own_barrier)) {
+          float log2_sums[kN / 4];
+#pragma unroll
+          for (int c = 0; c < kN / 4; ++c) log2_sums[c] = shared.log2_sum[own_column(c)];
+          add_parts<Element, kN>(results, out, log2_sums, group);
+#pragma unroll
+          for (int c = 0; c < kN / 4; ++c) {
+            if (const int row = own_column(c); threadIdx.x < 4 && row < results.last_row) results.store_lse(row, log2_sums[c]);
+          }
+        }
       }
       if (params.output_is_vectors) {
         store_transposed<Element, kN>(results, out, group);
@@ -410,10 +377,10 @@ __device__ void consume_narrow(const DecodeParams& params, NarrowShared<Element,
     }
     meet();  // before the next piece overwrites the sums
   }
-  // What they add up goes where this warpgroup's probabilities were.
-  static_assert(sizeof(WarpSums<Part32>) * (Scores::kByRows ? 2 : 1) <= sizeof(shared.probabilities[0]));
-  const auto sums = reinterpret_cast<WarpSums<Part32>*>(shared.probabilities[Scores::kByRows ? 0 : group]);
-  combine_split<Element, Part32, 2>(params, shared.split, group, own_barrier, sums[Scores::kByRows ? group : 0]);
+  // What they add up goes where probabilities were.
+  static_assert(sizeof(WarpSums<Part32>[2]) <= sizeof(shared.probabilities));
+  auto& sums = reinterpret_cast<WarpSums<Part32>(&)[2]>(shared.probabilities);
+  combine_split<Element, Part32, 2>(params, shared.split, group, own_barrier, sums[group]);
 }
 
 // A block is started with as many registers for each thread as if it had kThreads of them. With 168 for all, which none of them
@@ -467,7 +434,6 @@ __global__ void __launch_bounds__(NarrowRegisters<kN>::kThreads, 1)
         maps.prefetch();
         shared.tiles.initialise(1, 2);
         shared.queries.initialise(32, kMathThreads);
-        ptx::mbarrier_init(&shared.scores_full, kMathThreads);
       },
       [&] { consume_narrow<Element, kN>(params, shared); }, [] { __syncthreads(); },
       [&] { clear_rows<Element>(params); });

@@ -237,6 +237,11 @@ __device__ __forceinline__ void stmatrix_x4_trans(uint32_t address, uint32_t a, 
                : "memory");
 }
 
+// The same with two, whose 16 rows the first 16 lanes point at.
+__device__ __forceinline__ void stmatrix_x2_trans(uint32_t address, uint32_t a, uint32_t b) {
+  asm volatile("stmatrix.sync.aligned.m8n8.x2.trans.shared.b16 [%0], {%1, %2};" ::"r"(address), "r"(a), "r"(b) : "memory");
+}
+
 // Of an 8 x 8 matrix of 16-bit elements, of which each lane holds two neighbours in a row, the transposed one.
 __device__ __forceinline__ uint32_t transposed(uint32_t two) {
   uint32_t result;

@@ -4,9 +4,9 @@
 // for longer. So everything is transposed: scores are tile x queries (64 tokens x N rows), and the output is values x
 // probabilities (512 columns x N rows), with the tile as the first operand both times, K-major and then M-major. (The
 // idea is published as ETAP, arXiv 2506.01969.) Of the output each of the two warpgroups computes half of the columns, and of
-// the probabilities those of half of the rows, for both. With up to 32 rows each computes all scores over half of the 576 numbers
-// and hands the other one those of its rows, which adds them to its own; with 64, when shared memory has no room for scores, each
-// computes those of its rows over all numbers.
+// the probabilities those of half of the rows, for both. With up to 32 rows each computes the scores of all rows over half of the
+// 576 numbers, and they exchange halves, so that each can add up those of its own rows; with 64, when shared memory has no room for
+// scores, each computes those of its own rows over all numbers.
 #pragma once
 
 #include "combine.cuh"
@@ -184,12 +184,13 @@ __device__ void consume_narrow(const DecodeParams& params, NarrowShared<Element,
       ColumnBlock<Element>(&tile)[kColumnBlocks] = shared.tile[ptx::uniform(shared.tiles.stage(number))];
       const uint32_t own_values = ptx::shared_address(tile[group * kGroupBlocks]);
 
-      // product[4 * j + 2 * i + e] is token own_token + 8 * i and query row own_column(2 * j + e), of all rows or of the own ones.
+      // product[4 * j + 2 * i + e] is token own_token + 8 * i and query row own_column(2 * j + e), counted from the first of all
+      // rows or of the own ones.
       float product[Shared::kByColumns ? kN / 2 : kScores];
       constexpr int kBlockSteps = Shared::kByColumns ? 2 : 4;  // half of every column block, or all of it
-      const uint32_t first_column = Shared::kByColumns ? group * 64 : 0, first_query = Shared::kByColumns ? 0 : first_row * 128;
-      const ptx::Matrix keys(ptx::shared_address(tile) + first_column, 0, 1024);
-      const ptx::Matrix query(ptx::shared_address(shared.query[query_stage]) + first_query + first_column, 0, 1024);
+      const uint32_t half = Shared::kByColumns ? group * 64 : 0, own_rows = Shared::kByColumns ? 0 : first_row * 128;  // in bytes
+      const ptx::Matrix keys(ptx::shared_address(tile) + half, 0, 1024);
+      const ptx::Matrix query(ptx::shared_address(shared.query[query_stage]) + own_rows + half, 0, 1024);
 #pragma unroll
       for (int step = 0; step < kColumnBlocks * kBlockSteps; ++step) {
         const uint32_t block = step / kBlockSteps, inner = step % kBlockSteps * 32;
@@ -221,8 +222,8 @@ __device__ void consume_narrow(const DecodeParams& params, NarrowShared<Element,
       if constexpr (Shared::kByColumns) {
 #pragma unroll
         for (int j = 0; j < Shared::kRows / 8; ++j) {
-          const float4 half = shared.scores[1 - group][j][threadIdx.x % 128];
-          score[j * 4] += half.x, score[j * 4 + 1] += half.y, score[j * 4 + 2] += half.z, score[j * 4 + 3] += half.w;
+          const float4 theirs = shared.scores[1 - group][j][threadIdx.x % 128];
+          score[j * 4] += theirs.x, score[j * 4 + 1] += theirs.y, score[j * 4 + 2] += theirs.z, score[j * 4 + 3] += theirs.w;
         }
       }
 
@@ -240,7 +241,7 @@ __device__ void consume_narrow(const DecodeParams& params, NarrowShared<Element,
         }
       }
       // Probabilities relative to the references. Transposed on the way, so that a query row's lie side by side: 8 x 8
-      // matrices of two groups of query rows and two of tokens at a time.
+      // matrices of two groups of tokens and, where there are as many, two of query rows at a time.
       float power[kScores];
       const auto weigh = [&] {
 #pragma unroll

@@ -21,19 +21,18 @@ template <typename Element, int kN>
 struct alignas(1024) NarrowShared {
   static constexpr int kRows = kN / 2;         // that a warpgroup finds the probabilities of
   static constexpr bool kByColumns = kN < 64;  // whether it computes all scores over half of the numbers
-  static constexpr int kQueryStages = kN == 16 ? 2 : 1;  // what there is room for
   ColumnBlock<Element> tile[2][kColumnBlocks];
-  Element query[kQueryStages][kColumnBlocks][kN][64];
+  Element query[kColumnBlocks][kN][64];
   Element probabilities[kN][64];
   struct Nothing {};
   std::conditional_t<kByColumns, float4[2][kRows / 8][128], Nothing> scores;  // that a warpgroup hands the other one
   float exchange[2][4][kRows];  // per warpgroup and warp: maxima of its rows, at the end their sums
   alignas(8) float factor[kN];  // what both warpgroups multiply a row's results by
   float log2_sum[kN];           // a row's reference at the end, then the logarithm of its denominator
-  Piece work[2];
+  Piece work;
   SplitPieces split;
   Pipeline<2, kColumnBlocks> tiles;
-  Pipeline<kQueryStages> queries;
+  Pipeline<1> queries;
 };
 
 // The query row that is a thread's column `c` of any accumulator.
@@ -117,33 +116,29 @@ template <typename Element, int kN>
 __device__ __forceinline__ void add_parts(const Rows<Element>& results, float (&out)[kGroupBlocks][kN / 2],
                                           float (&log2_sums)[kN / 4], int group) {
   const int warp = threadIdx.x / 32 % 4, lane = threadIdx.x % 32;
-  constexpr int kRows = 4;  // of a thread, whose parts are on their way at a time
+  constexpr int kColumns = kN / 4;  // that a thread holds parts of
 #pragma unroll 1
   for (int part = 1; part < results.parts; ++part) {
+    float other[kColumns];
+    float2 two[kColumns][kGroupBlocks] = {};
 #pragma unroll
-    for (int first = 0; first < kN / 4; first += kRows) {
-      float other[kRows];
-      float2 two[kRows][kGroupBlocks] = {};
+    for (int c = 0; c < kColumns; ++c) {
+      const int row = own_column(c);
+      const bool exists = row < results.last_row;
+      const float* from = results.partial_out(row, part) + group * kGroupBlocks * 64 + warp * 16 + lane / 4 * 2;
+      other[c] = -INFINITY;
+      ptx::load_if(exists, other[c], results.params.partial_lse + results.partial_row_of(row, part));
 #pragma unroll
-      for (int r = 0; r < kRows; ++r) {
-        const int row = own_column(first + r);
-        const bool exists = row < results.last_row;
-        const float* from = results.partial_out(row, part) + group * kGroupBlocks * 64 + warp * 16 + lane / 4 * 2;
-        other[r] = -INFINITY;
-        ptx::load_if(exists, other[r], results.params.partial_lse + results.partial_row_of(row, part));
+      for (int b = 0; b < kGroupBlocks; ++b) ptx::load_if(exists, two[c][b], reinterpret_cast<const float2*>(from + b * 64));
+    }
 #pragma unroll
-        for (int b = 0; b < kGroupBlocks; ++b) ptx::load_if(exists, two[r][b], reinterpret_cast<const float2*>(from + b * 64));
-      }
+    for (int c = 0; c < kColumns; ++c) {
+      const Weights weights(log2_sums[c], other[c]);
 #pragma unroll
-      for (int r = 0; r < kRows; ++r) {
-        const int c = first + r;
-        const Weights weights(log2_sums[c], other[r]);
-#pragma unroll
-        for (int b = 0; b < kGroupBlocks; ++b) {
-          float* own = &out[b][c / 2 * 4 + c % 2];
-          own[0] = own[0] * weights.own + two[r][b].x * weights.other;
-          own[2] = own[2] * weights.own + two[r][b].y * weights.other;
-        }
+      for (int b = 0; b < kGroupBlocks; ++b) {
+        float* own = &out[b][c / 2 * 4 + c % 2];
+        own[0] = own[0] * weights.own + two[c][b].x * weights.other;
+        own[2] = own[2] * weights.own + two[c][b].y * weights.other;
       }
     }
   }
@@ -163,9 +158,8 @@ __device__ void consume_narrow(const DecodeParams& params, NarrowShared<Element,
   const uint32_t probabilities = ptx::shared_address(shared.probabilities);
   int number = 0;  // of tiles so far
   for (int pieces = 0;; ++pieces) {
-    const int query_stage = ptx::uniform(shared.queries.stage(pieces));
     shared.queries.wait_full(pieces);
-    const Piece piece = shared.work[pieces & 1];
+    const Piece piece = shared.work;
     if (piece.tiles() == 0) break;
     const int queries = piece.queries, seq_len = piece.seq_len;
     const int all_visible = params.causal ? seq_len - queries + 1 : seq_len;
@@ -190,7 +184,7 @@ __device__ void consume_narrow(const DecodeParams& params, NarrowShared<Element,
       constexpr int kBlockSteps = Shared::kByColumns ? 2 : 4;  // half of every column block, or all of it
       const uint32_t half = Shared::kByColumns ? group * 64 : 0, own_rows = Shared::kByColumns ? 0 : first_row * 128;  // in bytes
       const ptx::Matrix keys(ptx::shared_address(tile) + half, 0, 1024);
-      const ptx::Matrix query(ptx::shared_address(shared.query[query_stage]) + own_rows + half, 0, 1024);
+      const ptx::Matrix query(ptx::shared_address(shared.query) + own_rows + half, 0, 1024);
 #pragma unroll
       for (int step = 0; step < kColumnBlocks * kBlockSteps; ++step) {
         const uint32_t block = step / kBlockSteps, inner = step % kBlockSteps * 32;
@@ -199,7 +193,7 @@ __device__ void consume_narrow(const DecodeParams& params, NarrowShared<Element,
           ptx::wgmma_fence();  // without it the compiler adds it, and says so
         }
         ptx::wgmma<Element>(product, keys.at(block * sizeof(ColumnBlock<Element>) + inner),
-                            query.at(block * sizeof(shared.query[0][0]) + inner), step > 0);
+                            query.at(block * sizeof(shared.query[0]) + inner), step > 0);
       }
       ptx::wgmma_commit();
       ptx::wgmma_wait<0>();
@@ -281,7 +275,6 @@ __device__ void consume_narrow(const DecodeParams& params, NarrowShared<Element,
           if (lane < 4) shared.exchange[group][warp][own_column(c)] = tile_peak;
         }
         ptx::named_barrier_sync<128>(own_barrier);
-        float decay[kColumns];
 #pragma unroll
         for (int c = 0; c < kColumns; ++c) {
           float tile_peak = -INFINITY;
@@ -289,15 +282,12 @@ __device__ void consume_narrow(const DecodeParams& params, NarrowShared<Element,
           for (int w = 0; w < 4; ++w) tile_peak = fmaxf(tile_peak, shared.exchange[group][w][own_column(c)]);
           tile_peak *= scale_log2;
           const float followed = tile_peak - reference[c] > kPatience ? tile_peak : reference[c];
-          decay[c] = ptx::exp2(reference[c] - (followed == -INFINITY ? 0 : followed));
+          const float decay = ptx::exp2(reference[c] - (followed == -INFINITY ? 0 : followed));
           reference[c] = followed;
-          sum[c] *= decay[c];
+          sum[c] *= decay;
+          if (threadIdx.x % 128 < 4) shared.factor[first_row + own_column(c)] = decay;
         }
         if (t > piece.first_tile) {  // else there is nothing to scale
-#pragma unroll
-          for (int c = 0; c < kColumns; ++c) {
-            if (threadIdx.x % 128 < 4) shared.factor[first_row + own_column(c)] = decay[c];
-          }
           meet();
 #pragma unroll
           for (int c = 0; c < kN / 4; ++c) scale(c, shared.factor[own_column(c)]);
@@ -412,17 +402,17 @@ __global__ void __launch_bounds__(NarrowRegisters<kN>::kThreads, 1)
       [&](Pieces& pieces) {
         bring_queries<1>(
             params, pieces, shared.queries, shared.work, shared.split, params.block_rows * kHeadDim * sizeof(Element),
-            [&](int stage, int token) {
+            [&](int token) {
               const int block = threadIdx.x % 32;
               if (block < kColumnBlocks) {
                 const bool rope = block == kLatentDim / 64;
-                ptx::tma_load(&shared.query[stage][block], rope ? &maps.rope_query : &maps.latent_query,
-                              rope ? 0 : block * 64, 0, token, shared.queries.full[stage]);
+                ptx::tma_load(&shared.query[block], rope ? &maps.rope_query : &maps.latent_query,
+                              rope ? 0 : block * 64, 0, token, shared.queries.full[0]);
               }
             },
-            [&](int stage, const Piece& piece) {
+            [&](const Piece& piece) {
               const auto place = [&](int row, int chunk) {
-                return ptx::shared_address(shared.query[stage][chunk / 8]) + swizzled_128(row, chunk % 8);
+                return ptx::shared_address(shared.query[chunk / 8]) + swizzled_128(row, chunk % 8);
               };
               copy_rows<kLatentDim / 8>(params, query_latent<Element>(params, piece), params.q_nope_token_stride,
                                         params.q_nope_head_stride, 0, piece.rows(params), place);

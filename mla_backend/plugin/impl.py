@@ -14,8 +14,10 @@ from mla_backend.plugin.metadata import HopperMLAMetadata
 
 
 class HopperMLAImpl(MLACommonImpl[HopperMLAMetadata]):
-    # A rank's share of a request is not causal by position alone, which mla_decode does not know of.
-    supports_dcp: bool = False
+    # vLLM merges what ranks find for their shares of a request by the logarithms of their softmax denominators.
+    can_return_lse_for_decode: bool = True
+    supports_dcp: bool = True
+    supports_mtp_with_cp_non_trivial_interleave_size: bool = True
     supports_pcp: bool = False
 
     def __init__(
@@ -88,18 +90,16 @@ class HopperMLAImpl(MLACommonImpl[HopperMLAMetadata]):
         attn_metadata: HopperMLAMetadata,
         layer: AttentionLayer,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Attend the absorbed queries of the decode tokens; returns [tokens, heads, 512] and no lse."""
+        """Attend the absorbed queries of the decode tokens.
+
+        Returns:
+            [tokens, heads, 512] of the queries' dtype, and with decode context parallelism, where `heads` are those of
+            all its ranks, [tokens, heads] fp32 natural logarithms of the softmax denominators.
+        """
         decode = attn_metadata.decode
         assert decode is not None
         q_nope, q_pe = q if isinstance(q, tuple) else q.split((KV_LORA_RANK, QK_ROPE_HEAD_DIM), dim=-1)
-        out = mla_decode(
-            q_nope,
-            q_pe,
-            kv_c_and_k_pe_cache,
-            decode.block_table,
-            decode.seq_lens,
-            decode.query_start_loc,
-            softmax_scale=self.scale,
-            schedule=decode.schedule,
-        )
-        return out, None
+        arguments = (q_nope, q_pe, kv_c_and_k_pe_cache, decode.block_table, decode.seq_lens, decode.query_start_loc)
+        if self.need_to_return_lse_for_decode:
+            return mla_decode(*arguments, softmax_scale=self.scale, schedule=decode.schedule, return_lse=True)
+        return mla_decode(*arguments, softmax_scale=self.scale, schedule=decode.schedule), None

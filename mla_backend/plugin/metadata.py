@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 import torch
 from vllm import envs
 from vllm.config import VllmConfig
+from vllm.distributed import get_dcp_group
 from vllm.model_executor.layers.attention.mla_attention import (
     MLACommonDecodeMetadata,
     MLACommonMetadata,
@@ -17,6 +18,7 @@ from vllm.model_executor.layers.attention.mla_attention import (
 from vllm.v1.attention.backend import AttentionCGSupport
 from vllm.v1.kv_cache_interface import AttentionSpec
 
+from mla_backend.plugin.context_parallel import TokensAsRequests
 from mla_backend.schedule import DecodeSchedule, ScheduleBuffers
 
 
@@ -43,13 +45,29 @@ class HopperMLAMetadataBuilder(MLACommonMetadataBuilder[HopperMLAMetadata]):
     def __init__(
         self, kv_cache_spec: AttentionSpec, layer_names: list[str], vllm_config: VllmConfig, device: torch.device
     ) -> None:
-        super().__init__(kv_cache_spec, layer_names, vllm_config, device, HopperMLAMetadata)
+        parallel = vllm_config.parallel_config
+        if parallel.decode_context_parallel_size > 1:
+            # Query tokens become requests of their own, which pays for speculated ones, for which vLLM raises the
+            # threshold, and not for prefills.
+            self.reorder_batch_threshold = 1
+        super().__init__(
+            kv_cache_spec, layer_names, vllm_config, device, HopperMLAMetadata, supports_dcp_with_varlen=True
+        )
         if envs.VLLM_BATCH_INVARIANT:
             # Whether a prefill's last tokens go the decode way would depend on how the batch cut it into chunks.
             self.reorder_batch_threshold = 1
-        self._schedule_buffers = ScheduleBuffers.allocate(vllm_config.scheduler_config.max_num_seqs, device)
+        max_requests = vllm_config.scheduler_config.max_num_seqs
+        self._tokens: TokensAsRequests | None = None
+        if self.dcp_world_size > 1:
+            max_requests *= self.reorder_batch_threshold
+            rank = get_dcp_group().rank_in_group
+            division = (self.dcp_world_size, rank, parallel.cp_kv_cache_interleave_size)
+            self._tokens = TokensAsRequests(max_requests, *division, device)
+        self._schedule_buffers = ScheduleBuffers.allocate(max_requests, device)
+        self._heads = self.num_heads * self.dcp_world_size  # vLLM brings those of all ranks together
         # The kernel is chosen by a bound on lengths, and what was captured with one is replayed with other lengths.
-        self._max_seq_len = vllm_config.model_config.max_model_len if device.type == "cuda" else None
+        rounds = -(-vllm_config.model_config.max_model_len // self.dcp_virtual_block_size)
+        self._max_seq_len = rounds * self.dcp_local_block_size if device.type == "cuda" else None
 
     def _build_decode(
         self,
@@ -63,6 +81,12 @@ class HopperMLAMetadataBuilder(MLACommonMetadataBuilder[HopperMLAMetadata]):
         **kwargs: Any,
     ) -> HopperMLADecodeMetadata:
         """Build the decode part; what else the releases pass (see releases.py) is not needed here."""
+        max_query_len = int(query_start_loc_cpu.diff().max())
+        if self._tokens is not None and max_query_len > 1:
+            block_table_tensor, seq_lens_device, query_start_loc_device = self._tokens.fill(
+                num_decode_tokens, block_table_tensor, kwargs["dcp_tot_seq_lens_device"], query_start_loc_device
+            )
+            max_query_len = 1
         return HopperMLADecodeMetadata(
             block_table=block_table_tensor,
             seq_lens=seq_lens_device,
@@ -70,8 +94,8 @@ class HopperMLAMetadataBuilder(MLACommonMetadataBuilder[HopperMLAMetadata]):
             query_start_loc=query_start_loc_device,
             schedule=DecodeSchedule.plan(
                 seq_lens_device,
-                heads=self.num_heads,
-                max_query_len=int(query_start_loc_cpu.diff().max()),
+                heads=self._heads,
+                max_query_len=max_query_len,
                 max_seq_len=self._max_seq_len or max_seq_len,
                 batch_invariant=envs.VLLM_BATCH_INVARIANT,
                 buffers=self._schedule_buffers,

@@ -190,6 +190,8 @@ def refuse_unserved(model: str, config: AttentionSelectorConfig) -> None:
     reasons = HopperMLABackend.validate_configuration(device_capability=capability, **config._asdict())
     if current_platform.is_cpu() and not releases.cpu_serves_mla():
         reasons.append("this vLLM release has no MLA on the CPU, or none that attends to cached tokens")
+    if current_platform.is_cpu() and getattr(config, "use_dcp", False):
+        reasons.append("vLLM has no decode context parallelism on the CPU")
     if reasons:
         asked = {name: value for name, value in config._asdict().items() if value not in (None, False)}
         others = "CPU_MLA" if current_platform.is_cpu() else "FLASHMLA or TRITON_MLA"

@@ -1,4 +1,4 @@
-"""Whole vLLM engines on two GPUs with the compiled kernel: tensor, expert, pipeline and data parallel."""
+"""Whole vLLM engines on two GPUs with the compiled kernel: by tensors, contexts, experts, layers and requests."""
 
 from __future__ import annotations
 
@@ -27,16 +27,28 @@ DIVIDED: dict[str, dict[str, Any]] = {
     "tensor": {"tensor_parallel_size": 2},
     "tensor and expert": {"tensor_parallel_size": 2, "enable_expert_parallel": True},
     "tensor, on Ray": {"tensor_parallel_size": 2, "distributed_executor_backend": "ray"},
+    # Each GPU caches every second token of a request: of one token, one of them has none.
+    "decode context": {"tensor_parallel_size": 2, "decode_context_parallel_size": 2},
+    "decode context, guessing": {
+        "tensor_parallel_size": 2,
+        "decode_context_parallel_size": 2,
+        "cp_kv_cache_interleave_size": 4,
+        "speculative_config": {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 3},
+    },
     "pipeline": {"pipeline_parallel_size": 2},
 }
 
 
+def prompts() -> list[list[int]]:
+    """Eight, and one of a single token."""
+    return [*tokenized(200), tokenized(200)[0][:1]]
+
+
 @pytest.fixture(scope="module")
 def runs() -> Iterator[dict[str, Future[Run]]]:
-    prompts = tokenized(200)
     with ThreadPoolExecutor(len(DIVIDED)) as pool:
         yield {
-            name: pool.submit(run_engine, prompts, GREEDY, env=ON_RAY, **BESIDE, **GRAPHS, **sizes)
+            name: pool.submit(run_engine, prompts(), GREEDY, env=ON_RAY, **BESIDE, **GRAPHS, **sizes)
             for name, sizes in DIVIDED.items()
         }
 
@@ -48,8 +60,9 @@ def test_every_token_is_likely(runs: dict[str, Future[Run]], name: str) -> None:
     run = runs[name].result()
     assert "Using HOPPER_MLA attention backend: mla_decode by compiled kernel for sm_90a." in run.log
     assert run.backends == [ONLY_OURS] * 2
-    assert [len(tokens) for tokens in run.tokens] == [64] * 8
-    assert gaps_of(tokenized(200), run.tokens).max() < GAP
+    assert [len(tokens) for tokens in run.tokens] == [64] * 9
+    assert gaps_of(prompts(), run.tokens).max() < GAP
+    assert (run.accepted > 0) == ("guessing" in name)
 
 
 @pytest.fixture(scope="module")
@@ -78,13 +91,13 @@ def ask(server: Server, prompt: list[int]) -> list[int]:
 
 def test_data_parallel_engines_busy_and_idle(server: Server) -> None:
     """One request at a time leaves the other engine to steps without any; eight at once keep both busy."""
-    prompts = tokenized(200)
-    one_by_one = [ask(server, prompt) for prompt in prompts[:2]]
-    with ThreadPoolExecutor(len(prompts)) as pool:
-        together = list(pool.map(lambda prompt: ask(server, prompt), prompts))
+    two, eight = tokenized(200)[:2], tokenized(200)
+    one_by_one = [ask(server, prompt) for prompt in two]
+    with ThreadPoolExecutor(len(eight)) as pool:
+        together = list(pool.map(lambda prompt: ask(server, prompt), eight))
     assert [len(tokens) for tokens in one_by_one + together] == [64] * 10
-    assert gaps_of(prompts[:2], one_by_one).max() < GAP
-    assert gaps_of(prompts, together).max() < GAP
+    assert gaps_of(two, one_by_one).max() < GAP
+    assert gaps_of(eight, together).max() < GAP
     by_engine = [server.metric("vllm:generation_tokens_total", f'engine="{engine}"') for engine in (0, 1)]
     assert sum(by_engine) == 10 * 64
     assert min(by_engine) >= 2 * 64

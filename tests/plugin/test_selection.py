@@ -172,6 +172,9 @@ def test_what_it_cannot_serve_stops_the_start(tmp_path: Path) -> None:
     assert "head_size=320" in refusal(variant(tmp_path, kv_lora_rank=256))
     assert "sparse not supported" in refusal(variant(tmp_path, index_topk=64))
     assert "non-MLA not supported" in refusal(variant(tmp_path, **LLAMA))
+    shared = refusal(tensor_parallel_size=2, decode_context_parallel_size=2)
+    assert "no decode context parallelism on the CPU" in shared
+    assert "use_dcp=True" in shared
     assert "a float16 cache needs a model in float16" in refusal(dtype="bfloat16", kv_cache_dtype="float16")
 
 

@@ -4,7 +4,7 @@
 // for longer. So everything is transposed: scores are tile x queries (64 tokens x N rows), and the output is values x
 // probabilities (512 columns x N rows), with the tile as the first operand both times, K-major and then M-major. (The
 // idea is published as ETAP, arXiv 2506.01969.) Of the output each of the two warpgroups computes half of the columns, and of
-// the probabilities those of half of the rows, for both. With up to 32 rows each computes the scores of all rows over half of the
+// the probabilities those of half of the rows, for both. With up to 48 rows each computes the scores of all rows over half of the
 // 576 numbers, and they exchange halves, so that each can add up those of its own rows; with 64, when shared memory has no room for
 // scores, each computes those of its own rows over all numbers.
 #pragma once
@@ -21,18 +21,19 @@ template <typename Element, int kN>
 struct alignas(1024) NarrowShared {
   static constexpr int kRows = kN / 2;         // that a warpgroup finds the probabilities of
   static constexpr bool kByColumns = kN < 64;  // whether it computes all scores over half of the numbers
+  static constexpr int kQueryStages = kN == 16 ? 2 : 1;  // what there is room for
   ColumnBlock<Element> tile[2][kColumnBlocks];
-  Element query[kColumnBlocks][kN][64];
+  Element query[kQueryStages][kColumnBlocks][kN][64];
   Element probabilities[kN][64];
   struct Nothing {};
   std::conditional_t<kByColumns, float4[2][kRows / 8][128], Nothing> scores;  // that a warpgroup hands the other one
   float exchange[2][4][kRows];  // per warpgroup and warp: maxima of its rows, at the end their sums
   alignas(8) float factor[kN];  // what both warpgroups multiply a row's results by
   float log2_sum[kN];           // a row's reference at the end, then the logarithm of its denominator
-  Piece work;
+  Piece work[kQueryStages];
   SplitPieces split;
   Pipeline<2, kColumnBlocks> tiles;
-  Pipeline<1> queries;
+  Pipeline<kQueryStages> queries;
 };
 
 // The query row that is a thread's column `c` of any accumulator.
@@ -158,8 +159,9 @@ __device__ void consume_narrow(const DecodeParams& params, NarrowShared<Element,
   const uint32_t probabilities = ptx::shared_address(shared.probabilities);
   int number = 0;  // of tiles so far
   for (int pieces = 0;; ++pieces) {
+    const int query_stage = ptx::uniform(shared.queries.stage(pieces));
     shared.queries.wait_full(pieces);
-    const Piece piece = shared.work;
+    const Piece piece = shared.work[query_stage];
     if (piece.tiles() == 0) break;
     const int queries = piece.queries, seq_len = piece.seq_len;
     const int all_visible = params.causal ? seq_len - queries + 1 : seq_len;
@@ -184,7 +186,7 @@ __device__ void consume_narrow(const DecodeParams& params, NarrowShared<Element,
       constexpr int kBlockSteps = Shared::kByColumns ? 2 : 4;  // half of every column block, or all of it
       const uint32_t half = Shared::kByColumns ? group * 64 : 0, own_rows = Shared::kByColumns ? 0 : first_row * 128;  // in bytes
       const ptx::Matrix keys(ptx::shared_address(tile) + half, 0, 1024);
-      const ptx::Matrix query(ptx::shared_address(shared.query) + own_rows + half, 0, 1024);
+      const ptx::Matrix query(ptx::shared_address(shared.query[query_stage]) + own_rows + half, 0, 1024);
 #pragma unroll
       for (int step = 0; step < kColumnBlocks * kBlockSteps; ++step) {
         const uint32_t block = step / kBlockSteps, inner = step % kBlockSteps * 32;
@@ -193,7 +195,7 @@ __device__ void consume_narrow(const DecodeParams& params, NarrowShared<Element,
           ptx::wgmma_fence();  // without it the compiler adds it, and says so
         }
         ptx::wgmma<Element>(product, keys.at(block * sizeof(ColumnBlock<Element>) + inner),
-                            query.at(block * sizeof(shared.query[0]) + inner), step > 0);
+                            query.at(block * sizeof(shared.query[0][0]) + inner), step > 0);
       }
       ptx::wgmma_commit();
       ptx::wgmma_wait<0>();
@@ -249,8 +251,8 @@ __device__ void consume_narrow(const DecodeParams& params, NarrowShared<Element,
           const int row = first_row + (j + lane / 16) * 8 + lane % 8, chunk = warp * 2 + lane / 8 % 2;
           const uint32_t to = probabilities + swizzled_128(row, chunk);
           const auto two = [&](int k) { return pack<Element>(power[k], power[k + 1]); };
-          if constexpr (Shared::kRows == 8) {
-            ptx::stmatrix_x2_trans(to, two(0), two(2));
+          if (j + 1 == Shared::kRows / 8) {
+            ptx::stmatrix_x2_trans(to, two(j * 4), two(j * 4 + 2));
           } else {
             ptx::stmatrix_x4_trans(to, two(j * 4), two(j * 4 + 2), two(j * 4 + 4), two(j * 4 + 6));
           }
@@ -348,7 +350,7 @@ __device__ void consume_narrow(const DecodeParams& params, NarrowShared<Element,
     }
     asm volatile("" : "+r"(complete));
     if (complete) {
-      if constexpr (kN < 64) {  // with 64 rows there are no registers for it, and no schedule asks for it
+      if constexpr (kN <= 32) {  // with more rows there are no registers for it, and no schedule asks for it
         if (results.template wait_for_others<2>(own_barrier)) {
           float log2_sums[kN / 4];
 #pragma unroll
@@ -379,7 +381,7 @@ __device__ void consume_narrow(const DecodeParams& params, NarrowShared<Element,
 template <int kN>
 struct NarrowRegisters {
   static constexpr int kThreads = kN == 16 ? 640 : kN == 32 ? 512 : 384;                        // 96, 128 or 168 registers each
-  static constexpr int kMath = kN == 16 ? 104 : kN == 32 ? 152 : 224, kOther = kN == 64 ? 56 : 80;  // what the roles make of them
+  static constexpr int kMath = kN == 16 ? 104 : kN == 32 ? 152 : 224, kOther = kN > 32 ? 56 : 80;  // what the roles make of them
 };
 
 template <typename Element, int kN>
@@ -402,17 +404,17 @@ __global__ void __launch_bounds__(NarrowRegisters<kN>::kThreads, 1)
       [&](Pieces& pieces) {
         bring_queries<1>(
             params, pieces, shared.queries, shared.work, shared.split, params.block_rows * kHeadDim * sizeof(Element),
-            [&](int token) {
+            [&](int stage, int token) {
               const int block = threadIdx.x % 32;
               if (block < kColumnBlocks) {
                 const bool rope = block == kLatentDim / 64;
-                ptx::tma_load(&shared.query[block], rope ? &maps.rope_query : &maps.latent_query,
-                              rope ? 0 : block * 64, 0, token, shared.queries.full[0]);
+                ptx::tma_load(&shared.query[stage][block], rope ? &maps.rope_query : &maps.latent_query,
+                              rope ? 0 : block * 64, 0, token, shared.queries.full[stage]);
               }
             },
-            [&](const Piece& piece) {
+            [&](int stage, const Piece& piece) {
               const auto place = [&](int row, int chunk) {
-                return ptx::shared_address(shared.query[chunk / 8]) + swizzled_128(row, chunk % 8);
+                return ptx::shared_address(shared.query[stage][chunk / 8]) + swizzled_128(row, chunk % 8);
               };
               copy_rows<kLatentDim / 8>(params, query_latent<Element>(params, piece), params.q_nope_token_stride,
                                         params.q_nope_head_stride, 0, piece.rows(params), place);

@@ -44,7 +44,7 @@ struct alignas(1024) WideShared {
   } probabilities[2][2];
   float2 exchanged[2][128];
   uint64_t scores_full[2][2], probabilities_full[2][2], exchanged_full[2], met;
-  Piece work;
+  Piece work[1];
   SplitPieces split;
   Pipeline<kStages> tiles;
   Pipeline<1> queries;
@@ -113,7 +113,7 @@ class WideConsumer {
 
  private:
   // Read anew where it is needed once: registers are scarce.
-  __device__ __forceinline__ const Piece& piece() const { return shared.work; }
+  __device__ __forceinline__ const Piece& piece() const { return shared.work[0]; }
 
   // This warpgroup's tiles are counted from 0; token() is the first of a tile. Tokens are counted from the first one of the piece.
   __device__ __forceinline__ int in_piece(int tile) const { return kSharesRows ? 2 * tile + group : tile; }
@@ -687,7 +687,7 @@ __global__ void __cluster_dims__(2) __launch_bounds__(kThreads, 1)
         bring_queries<2>(
             params, pieces, shared.queries, shared.work, shared.split,
             params.block_rows * (kBlockLatent + kBlockRope) * sizeof(Element),
-            [&](int token) {
+            [&](int, int token) {
               const int block = ptx::thread_index() % 32;  // read anew, as this warp has 24 registers
               if (block <= kLatentBlocks) {
                 const bool rope = block == kLatentBlocks;
@@ -697,7 +697,7 @@ __global__ void __cluster_dims__(2) __launch_bounds__(kThreads, 1)
                               shared.queries.full[0]);
               }
             },
-            [&](const Piece& piece) {
+            [&](int, const Piece& piece) {
               const int first_row = blockIdx.y * params.block_rows;
               const int last_row = min(first_row + params.block_rows, piece.rows(params));
               copy_rows<kBlockLatent / 8>(

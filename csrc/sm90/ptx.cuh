@@ -314,6 +314,9 @@ struct Matrix {
 #define MLA_R16                                                                                                     \
   "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15}"
 
+#define MLA_R24                                                                                                     \
+  "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, %23}"
+
 #define MLA_R32                                                                                                     \
   "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, %23, " \
   "%24, %25, %26, %27, %28, %29, %30, %31}"
@@ -340,6 +343,13 @@ struct Matrix {
                "wgmma.mma_async.sync.aligned.m64n32k16.f32." type "." type " " MLA_R16             \
                ", %16, %17, add, 1, 1, %19, 0;\n}\n"                                               \
                : MLA_C16(0)                                                                        \
+               : "l"(a), "l"(b), "r"(add), "n"(kTransposedA))
+
+#define MLA_WGMMA_N48(type)                                                                        \
+  asm volatile("{\n.reg .pred add;\nsetp.ne.b32 add, %26, 0;\n"                                    \
+               "wgmma.mma_async.sync.aligned.m64n48k16.f32." type "." type " " MLA_R24             \
+               ", %24, %25, add, 1, 1, %27, 0;\n}\n"                                               \
+               : MLA_C16(0), MLA_C4(16), MLA_C4(20)                                                \
                : "l"(a), "l"(b), "r"(add), "n"(kTransposedA))
 
 #define MLA_WGMMA_N64(type)                                                                        \
@@ -379,6 +389,11 @@ __device__ __forceinline__ void wgmma(float (&c)[8], uint64_t a, uint64_t b, int
 template <typename Element, int kTransposedA = 0>
 __device__ __forceinline__ void wgmma(float (&c)[16], uint64_t a, uint64_t b, int add) {
   MLA_OF_ELEMENT(MLA_WGMMA_N32)
+}
+
+template <typename Element, int kTransposedA = 0>
+__device__ __forceinline__ void wgmma(float (&c)[24], uint64_t a, uint64_t b, int add) {
+  MLA_OF_ELEMENT(MLA_WGMMA_N48)
 }
 
 template <typename Element, int kTransposedA = 0>

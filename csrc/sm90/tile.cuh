@@ -169,18 +169,17 @@ __device__ __forceinline__ uint32_t* arrivals(const DecodeParams& params, int fi
 // What a counter begins with if the worker with a request's first part had started when nobody had stored a part yet.
 constexpr uint32_t kAllStarted = 1 << 20;
 
-// The query warp: bring a block of query rows for every piece of this worker's share, and with it say in `work` what the piece is;
-// after the last a piece without tiles. `load(token)` starts the copies of the block that begins with this query token, `bytes` in
-// all, each by a lane of its own; `copy(piece)` does the same without the copy engine, and all lanes write. So all arrive at the
-// barrier. Rows past the request's are whatever lies there, and nobody looks at what becomes of them.
+// The query warp: bring a block of query rows for every piece of this worker's share, and with it say in its stage of `work` what the
+// piece is; after the last a piece without tiles. `load(stage, token)` starts the copies of the block that begins with this query
+// token, `bytes` in all, each by a lane of its own; `copy(stage, piece)` does the same without the copy engine, and all lanes write.
+// So all arrive at the barrier. Rows past the request's are whatever lies there, and nobody looks at what becomes of them.
 // `split` gets the pieces that are parts of requests which all of their workers combine, or the request that a helper combines.
 //
 // The first queries that the copy engine brings are asked for before the first tile. Behind it they would come as late as it,
 // nearly 2 us later. For those that this warp copies no tile waits.
-template <int kTileWarps, typename Load, typename Copy>
-__device__ void bring_queries(const DecodeParams& params, Pieces& pieces, Pipeline<1>& pipeline, Piece& work, SplitPieces& split,
-                              int bytes, Load load, Copy copy) {
-  uint64_t* const full = pipeline.full[0];
+template <int kTileWarps, int kStages, typename Load, typename Copy>
+__device__ void bring_queries(const DecodeParams& params, Pieces& pieces, Pipeline<kStages>& pipeline, Piece (&work)[kStages],
+                              SplitPieces& split, int bytes, Load load, Copy copy) {
   const int lane = threadIdx.x % 32;
   int number = 0, split_pieces = 0;
   Piece piece;
@@ -194,25 +193,26 @@ __device__ void bring_queries(const DecodeParams& params, Pieces& pieces, Pipeli
       if (piece.combined() && piece.part == 0 && lane == 0) *arrivals(params, piece.slot) = 0;  // as nobody will
       continue;
     }
+    const int stage = pipeline.stage(number);
     pipeline.wait_empty(number);
     if (params.queries_are_vectors) {
-      load(piece.first_token + query_of_row(params, first_row));
+      load(stage, piece.first_token + query_of_row(params, first_row));
       __syncwarp();
     }
     if (number == 0) ptx::named_barrier_arrive<32 * (1 + kTileWarps)>(kQueriesBarrier);
-    if (lane == 0) work = piece;
+    if (lane == 0) work[stage] = piece;
     if (piece.combined()) {
       if (lane == 0) split.piece[split_pieces] = piece;
       ++split_pieces;
     }
     if (!params.queries_are_vectors) {
-      copy(piece);
+      copy(stage, piece);
       ptx::fence_proxy_async();
     }
     if (params.queries_are_vectors && lane == 0) {
-      ptx::mbarrier_arrive_expect_tx(full, bytes);
+      ptx::mbarrier_arrive_expect_tx(pipeline.full[stage], bytes);
     } else {
-      ptx::mbarrier_arrive(full);
+      ptx::mbarrier_arrive(pipeline.full[stage]);
     }
     ++number;
   }
@@ -221,10 +221,11 @@ __device__ void bring_queries(const DecodeParams& params, Pieces& pieces, Pipeli
     if (lane == 0) split.piece[0] = piece;
     split_pieces = static_cast<int>(blockIdx.y) * params.block_rows < piece.rows(params);
   }
+  const int stage = pipeline.stage(number);
   pipeline.wait_empty(number);
-  if (lane == 0) work = {};
+  if (lane == 0) work[stage] = {};
   if (lane == 0) split.count = split_pieces;
-  ptx::mbarrier_arrive(full);
+  ptx::mbarrier_arrive(pipeline.full[stage]);
 }
 
 // What lies in a tile past the request's last token would meet probability 0, and 0 x NaN is NaN: make it zeros.

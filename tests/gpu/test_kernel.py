@@ -167,7 +167,7 @@ def test_grid(requests: int, queries: int, length: int) -> None:
 
 
 @pytest.mark.parametrize("deviation", [0.1, 5.0])
-@pytest.mark.parametrize(("heads", "queries"), [(33, 1), (40, 1), (64, 1), (16, 4)])
+@pytest.mark.parametrize(("heads", "queries"), [(33, 1), (40, 1), (48, 1), (16, 3), (49, 1), (64, 1), (16, 4)])
 def test_many_short_requests(heads: int, queries: int, deviation: float) -> None:
     lengths = [37 * i % 513 for i in range(100)]
     for query_padding in (0, 1):

@@ -54,15 +54,15 @@ CUtensorMap encode(CUtensorMapDataType type, const void* data, int64_t columns, 
 // The decode kernels, and what each means for the schedule: how many query rows of a request a worker attends at a time, how many
 // thread blocks a worker is, and the numbers of sm90::PlanParams, as measured (docs/performance/notes.md, "What shares cost",
 // "Short requests stay whole", "Completed by the first worker", "One launch for many rows", "Parts in float16", "Float16
-// for 33 to 64 rows, too", "Workers of their own", "48 rows for many short requests"). With `short_request` a kernel is for steps of
-// more requests than there are clusters, none of them of more cached tokens than that.
+// for 33 to 64 rows, too", "Workers of their own", "48 rows for many short requests"), and whether it is for many short requests
+// only: for more of them than there are clusters, none of which has more than kShortRequest cached tokens.
 enum class Kernel { kNarrow16, kNarrow32, kNarrow48, kNarrow64, kWide64, kWide128 };
 
 struct Choice {
   Kernel kernel;
   int rows, cluster;
   int least_share, begin_cost, uneven_cost, whole_cost, split_cost, most_parts;
-  int short_request = 0;
+  bool many_short = false;
 };
 
 constexpr Choice kChoices[] = {
@@ -71,8 +71,8 @@ constexpr Choice kChoices[] = {
     {Kernel::kNarrow32, 32, 1, 1, 1, 4, 13, 1, 4},
     // Twice the workers of the one after them, for many short requests (padding counted, as a captured step has it), hardly ever
     // split.
-    {Kernel::kNarrow48, 48, 1, 1, 2, 4, 4, 3, 0, 1024},
-    {Kernel::kNarrow64, 64, 1, 1, 2, 4, 4, 3, 0, 512},
+    {Kernel::kNarrow48, 48, 1, 1, 2, 4, 4, 3, 0, true},
+    {Kernel::kNarrow64, 64, 1, 1, 2, 4, 4, 3, 0, true},
     // A thread block has registers for the results of 64 rows and half of the columns.
     {Kernel::kWide64, 64, 2, 2, 3, 10, 10, 2, 4},
     {Kernel::kWide128, 128, 2, 2, 3, 5, 5, 2, 4},
@@ -88,7 +88,8 @@ static_assert(all_choices([](const Choice& choice) { return kTileTokens / choice
 static_assert(all_choices([](const Choice& c) { return c.uneven_cost < sm90::kLimits && c.whole_cost < sm90::kLimits; }));
 static_assert(all_choices([](const Choice& c) { return c.cluster > 1 || c.rows <= 32 || c.most_parts == 0; }),
               "narrow kernels with more than 32 rows complete no requests");
-constexpr int kClusters = 66;  // of two multiprocessors, on the largest Hopper GPU
+constexpr int kClusters = 66;       // of two multiprocessors, on the largest Hopper GPU
+constexpr int kShortRequest = 512;  // cached tokens
 
 // How a request's query rows are handled: by which kernel, in how many blocks of how many tokens.
 struct Blocks {
@@ -100,10 +101,8 @@ struct Blocks {
   explicit Blocks(const StepBounds& bounds) {
     const int queries = std::max(1, bounds.max_query_len);
     const int rows = bounds.batch_invariant ? kMaxHeads : bounds.heads * queries;
-    const auto takes_all = [=](const Choice& choice) {
-      const bool many_short = bounds.requests > kClusters && bounds.max_seq_len <= choice.short_request;
-      return rows <= choice.rows && (choice.short_request == 0 || many_short);
-    };
+    const bool many_short = bounds.requests > kClusters && bounds.max_seq_len <= kShortRequest;
+    const auto takes_all = [=](const Choice& choice) { return rows <= choice.rows && (many_short || !choice.many_short); };
     choice = *std::find_if(std::begin(kChoices), std::end(kChoices) - 1, takes_all);
     tokens = std::min(choice.rows / bounds.heads, queries);
     count = (queries + tokens - 1) / tokens;

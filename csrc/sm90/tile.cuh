@@ -169,10 +169,10 @@ __device__ __forceinline__ uint32_t* arrivals(const DecodeParams& params, int fi
 // What a counter begins with if the worker with a request's first part had started when nobody had stored a part yet.
 constexpr uint32_t kAllStarted = 1 << 20;
 
-// The query warp: bring a block of query rows for every piece of this worker's share, and with it say in its stage of `work` what the
-// piece is; after the last a piece without tiles. `load(stage, token)` starts the copies of the block that begins with this query
-// token, `bytes` in all, each by a lane of its own; `copy(stage, piece)` does the same without the copy engine, and all lanes write.
-// So all arrive at the barrier. Rows past the request's are whatever lies there, and nobody looks at what becomes of them.
+// The query warp: bring a block of query rows for every piece of this worker's share, and with it say in its stage of `work` what
+// the piece is; after the last a piece without tiles. `load(stage, token)` starts the copies of the block that begins with this
+// query token, `bytes` in all, each by a lane of its own; `copy(stage, piece)` does the same without the copy engine, and all lanes
+// write. So all arrive at the barrier. Rows past the request's are whatever lies there, and nobody looks at what becomes of them.
 // `split` gets the pieces that are parts of requests which all of their workers combine, or the request that a helper combines.
 //
 // The first queries that the copy engine brings are asked for before the first tile. Behind it they would come as late as it,

@@ -42,6 +42,8 @@ class TokensAsRequests:
         """
         if self._block_table is None:
             self._block_table = block_table.new_zeros(len(self._seq_lens), block_table.shape[1])
+        # Else index_select would put another buffer in its place.
+        assert block_table.shape[1] == self._block_table.shape[1], "a builder's block tables are equally wide"
         token, ends = self._query_start_loc[:tokens], query_start_loc[1:]
         request = torch.searchsorted(ends, token, right=True, out_int32=True)
         padding = request >= len(ends)

@@ -24,9 +24,16 @@ from mla_backend.schedule import DecodeSchedule, ScheduleBuffers
 
 @dataclass
 class HopperMLADecodeMetadata(MLACommonDecodeMetadata):
-    """What the decode call of every layer needs, beside vLLM's block table and lengths."""
+    """What the decode call of every layer needs.
 
-    query_start_loc: torch.Tensor
+    vLLM's own block table and lengths stay as they are: it looks at them when it merges what ranks have found.
+
+    Attributes:
+        requests: block table, cached tokens and query_start_loc of what is attended, as `mla_decode` takes them.
+        schedule: of these requests.
+    """
+
+    requests: tuple[torch.Tensor, torch.Tensor, torch.Tensor]
     schedule: DecodeSchedule
 
 
@@ -58,7 +65,9 @@ class HopperMLAMetadataBuilder(MLACommonMetadataBuilder[HopperMLAMetadata]):
             self.reorder_batch_threshold = 1
         max_requests = vllm_config.scheduler_config.max_num_seqs
         self._tokens: TokensAsRequests | None = None
-        if self.dcp_world_size > 1:
+        if self.dcp_world_size > 1 and vllm_config.speculative_config is not None:
+            # In every step: with a single query, too, a rank's lengths may count speculated tokens that were rejected,
+            # where vLLM finds them on the host.
             max_requests *= self.reorder_batch_threshold
             rank = get_dcp_group().rank_in_group
             division = (self.dcp_world_size, rank, parallel.cp_kv_cache_interleave_size)
@@ -81,19 +90,19 @@ class HopperMLAMetadataBuilder(MLACommonMetadataBuilder[HopperMLAMetadata]):
         **kwargs: Any,
     ) -> HopperMLADecodeMetadata:
         """Build the decode part; what else the releases pass (see releases.py) is not needed here."""
+        table, lengths, starts = block_table_tensor, seq_lens_device, query_start_loc_device
         max_query_len = int(query_start_loc_cpu.diff().max())
-        if self._tokens is not None and max_query_len > 1:
-            block_table_tensor, seq_lens_device, query_start_loc_device = self._tokens.fill(
-                num_decode_tokens, block_table_tensor, kwargs["dcp_tot_seq_lens_device"], query_start_loc_device
-            )
+        if self._tokens is not None:
+            whole = kwargs["dcp_tot_seq_lens_device"]
+            table, lengths, starts = self._tokens.fill(num_decode_tokens, table, whole, starts)
             max_query_len = 1
         return HopperMLADecodeMetadata(
             block_table=block_table_tensor,
             seq_lens=seq_lens_device,
             dcp_tot_seq_lens=None,
-            query_start_loc=query_start_loc_device,
+            requests=(table, lengths, starts),
             schedule=DecodeSchedule.plan(
-                seq_lens_device,
+                lengths,
                 heads=self._heads,
                 max_query_len=max_query_len,
                 max_seq_len=self._max_seq_len or max_seq_len,

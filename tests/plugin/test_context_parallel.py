@@ -7,15 +7,17 @@ from typing import Any
 
 import pytest
 import torch
+from vllm.v1.attention.backends.utils import get_dcp_local_seq_lens
 from vllm.v1.attention.ops.dcp import mask_dcp_empty_shards_
 
-from mla_backend import DecodeSchedule, mla_decode
+from cases import Case
 from mla_backend.plugin.context_parallel import TokensAsRequests, cached_here
 from mla_backend.plugin.impl import HopperMLAImpl
 from mla_backend.plugin.metadata import HopperMLADecodeMetadata, HopperMLAMetadataBuilder
 from mla_backend.schedule import ScheduleBuffers
+from oracle import mla_decode_fp64
 
-HEADS, PAGE, SCALE = 2, 16, 0.1
+HEADS, PAGE = 2, 16
 CPU = torch.device("cpu")
 
 
@@ -27,6 +29,7 @@ def test_every_token_lies_on_one_rank(ranks: int, interleave: int) -> None:
     for rank in range(ranks):
         counted = torch.tensor([int((owner[:n] == rank).sum()) for n in range(200)])
         assert torch.equal(cached_here(lengths, ranks, rank, interleave), counted)
+        assert torch.equal(get_dcp_local_seq_lens(lengths, ranks, rank, interleave), counted.int())
 
 
 def paged(caches: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -47,10 +50,10 @@ def builder_of(tokens: TokensAsRequests | None, max_requests: int) -> Any:
 
 
 def decode(
-    metadata: HopperMLADecodeMetadata, query: torch.Tensor, pages: torch.Tensor
+    metadata: HopperMLADecodeMetadata, query: tuple[torch.Tensor, torch.Tensor], pages: torch.Tensor, scale: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
     impl: Any = object.__new__(HopperMLAImpl)
-    impl.scale, impl.need_to_return_lse_for_decode = SCALE, True
+    impl.scale, impl.need_to_return_lse_for_decode = scale, True
     out, lse = impl.forward_mqa(query, pages, SimpleNamespace(decode=metadata), None)
     return out, lse
 
@@ -60,22 +63,20 @@ def decode(
 def test_ranks_together_find_what_one_finds(interleave: int, guessing: bool) -> None:
     """Of requests of 1 to 4 queries, one shorter than there are ranks, and one of none; tokens pad the step."""
     ranks, padding = 3, 2 if guessing else 0
-    generator = torch.Generator().manual_seed(0)
-    seq_lens = torch.tensor([2, 100, 33, 75, 0], dtype=torch.int32)
-    query_lens = torch.tensor([1, 4, 2, 3, 0] if guessing else [1, 1, 1, 1, 0])
-    starts = torch.nn.functional.pad(query_lens.cumsum(0), (1, 0)).int()
-    tokens = int(starts[-1])
-    query = torch.randn(tokens + padding, HEADS, 576, generator=generator)
-    caches = [torch.randn(int(n), 576, generator=generator) for n in seq_lens]
-
-    pages, table = paged(caches)
-    schedule = DecodeSchedule.plan(seq_lens, heads=HEADS, max_query_len=4, max_seq_len=100)
-    rows = (query[..., :512], query[..., 512:], pages, table, seq_lens, starts)
-    expected = mla_decode(*rows, softmax_scale=SCALE, schedule=schedule)
+    query_lens = [1, 4, 2, 3, 0] if guessing else [1, 1, 1, 1, 0]
+    step = Case([2, 100, 33, 75, 0], query_lens, HEADS, PAGE, padding_rows=padding).inputs()
+    del step["schedule"]
+    expected, _ = mla_decode_fp64(**step)
+    query, scale = (step["q_nope"], step["q_pe"]), step["softmax_scale"]
+    seq_lens, starts, tokens = step["seq_lens"], step["query_start_loc"], sum(query_lens)
+    rows = [
+        step["kv_cache"][table[: -(-length // PAGE)].long()].flatten(0, 1)[:length]
+        for table, length in zip(step["block_table"], seq_lens.tolist(), strict=True)
+    ]
 
     outs, lses = [], []
     for rank in range(ranks):
-        pages, table = paged([cache[torch.arange(len(cache)) // interleave % ranks == rank] for cache in caches])
+        pages, table = paged([cache[torch.arange(len(cache)) // interleave % ranks == rank] for cache in rows])
         local = cached_here(seq_lens, ranks, rank, interleave)
         division = TokensAsRequests(tokens + padding, ranks, rank, interleave, CPU) if guessing else None
         metadata = builder_of(division, 16)._build_decode(
@@ -87,7 +88,7 @@ def test_ranks_together_find_what_one_finds(interleave: int, guessing: bool) -> 
             num_decode_tokens=tokens + padding,
             dcp_tot_seq_lens_device=seq_lens,
         )
-        out, lse = decode(metadata, query, pages)
+        out, lse = decode(metadata, query, pages, scale)
         before = lse.clone()
         mask_dcp_empty_shards_(lse, metadata.seq_lens, starts)  # vLLM does so before it merges
         assert torch.equal(lse, before)
@@ -95,6 +96,6 @@ def test_ranks_together_find_what_one_finds(interleave: int, guessing: bool) -> 
         lses.append(lse)
     weights = torch.stack(lses).softmax(0)
     merged = (torch.stack(outs) * weights[..., None]).sum(0)
-    assert torch.allclose(merged[:tokens], expected[:tokens], atol=1e-5)
+    assert torch.allclose(merged[:tokens].double(), expected[:tokens], atol=1e-5)
     assert all(out.isfinite().all() for out in outs)
     assert all((lse[tokens:] == -torch.inf).all() for lse in lses)

@@ -8,7 +8,7 @@ import torch
 def cached_here(tokens: torch.Tensor, ranks: int, rank: int, interleave: int) -> torch.Tensor:
     """Return how many of a request's first `tokens` cached tokens lie on `rank`: `interleave` go to each in turn.
 
-    As vLLM's get_dcp_local_seq_lens does, which copies the rank, a number, to the device first; for that the host waits.
+    As vLLM's get_dcp_local_seq_lens does, which copies the rank, a number, to the device first, and the host waits.
     """
     rounds, rest = tokens // (interleave * ranks), tokens % (interleave * ranks)
     return rounds * interleave + (rest - rank * interleave).clamp(0, interleave)

@@ -98,19 +98,26 @@ void check_queries(int64_t max_query_len) {
                   ", wanted 0 to ", kMaxTokens);
 }
 
+void check_row_blocks(const StepBounds& bounds) {
+  const int64_t blocks = row_blocks(bounds);
+  STD_TORCH_CHECK(blocks <= kMaxRowBlocks, "mla_decode: max_query_len is ", bounds.max_query_len, " with ", bounds.heads,
+                  " heads, wanted at most ", bounds.max_query_len * int64_t{kMaxRowBlocks} / blocks, " over a quantised cache");
+}
+
 void check_lengths(int64_t max_seq_len) {
   constexpr int kMost = std::numeric_limits<int>::max();
   STD_TORCH_CHECK(0 <= max_seq_len && max_seq_len <= kMost, "mla_decode: max_seq_len is ", max_seq_len, ", wanted 0 to ", kMost);
 }
 
 // Of numbers that were checked.
-StepBounds bounds_of(int64_t requests, int64_t heads, int64_t max_query_len, int64_t max_seq_len, bool batch_invariant) {
+StepBounds bounds_of(int64_t requests, int64_t heads, int64_t max_query_len, int64_t max_seq_len, bool batch_invariant,
+                     bool quantized) {
   return {static_cast<int>(requests), static_cast<int>(heads), static_cast<int>(max_query_len),
-          static_cast<int>(max_seq_len), batch_invariant};
+          static_cast<int>(max_seq_len), batch_invariant, quantized};
 }
 
 int64_t plan(const Tensor& seq_lens, int64_t heads, int64_t max_query_len, int64_t max_seq_len, bool batch_invariant,
-             Tensor& shares, Tensor& splits) {
+             bool quantized, Tensor& shares, Tensor& splits) {
   const Device device = seq_lens.device();
   check("seq_lens", seq_lens, device, ScalarType::Int, {kAny});
   check_heads(heads, "the schedule");
@@ -119,7 +126,8 @@ int64_t plan(const Tensor& seq_lens, int64_t heads, int64_t max_query_len, int64
   check_schedule(shares, splits, device, seq_lens.size(0));
 
   const torch::stable::accelerator::DeviceGuard guard(device.index());
-  const StepBounds bounds = bounds_of(seq_lens.size(0), heads, max_query_len, max_seq_len, batch_invariant);
+  const StepBounds bounds = bounds_of(seq_lens.size(0), heads, max_query_len, max_seq_len, batch_invariant, quantized);
+  check_row_blocks(bounds);
   return launch_plan(static_cast<const int32_t*>(seq_lens.const_data_ptr()), bounds, static_cast<int>(shares.size(0)),
                      static_cast<Share*>(shares.mutable_data_ptr()), static_cast<int32_t*>(splits.mutable_data_ptr()),
                      current_stream(device.index()));
@@ -128,7 +136,7 @@ int64_t plan(const Tensor& seq_lens, int64_t heads, int64_t max_query_len, int64
 void mla_decode(const Tensor& q_nope, const Tensor& q_pe, const Tensor& kv_cache, const Tensor& block_table,
                 const Tensor& seq_lens, const Tensor& query_start_loc, const Tensor& shares, const Tensor& splits,
                 Tensor& partial_out, Tensor& partial_lse, Tensor& arrivals, int64_t planned_heads, int64_t max_query_len,
-                int64_t max_seq_len, double softmax_scale, bool causal, bool batch_invariant,
+                int64_t max_seq_len, double softmax_scale, bool causal, bool batch_invariant, bool quantized,
                 const std::optional<Tensor>& kv_scale, Tensor& out, std::optional<Tensor>& lse) {
   const Device device = q_nope.device();
   const ScalarType type = q_nope.scalar_type();
@@ -144,8 +152,14 @@ void mla_decode(const Tensor& q_nope, const Tensor& q_pe, const Tensor& kv_cache
   check_lengths(max_seq_len);
   STD_TORCH_CHECK(tokens <= kMaxTokens, "mla_decode: q_nope has ", tokens, " tokens, wanted at most ", kMaxTokens);
   check("q_pe", q_pe, device, type, {tokens, heads, kRopeDim});
-  STD_TORCH_CHECK(!kv_scale.has_value(), "mla_decode: kv_scale is given, wanted none");
-  check("kv_cache", kv_cache, device, type, {kAny, kAny, kHeadDim});
+  check("kv_cache", kv_cache, device, quantized ? ScalarType::Float8_e4m3fn : type, {kAny, kAny, kHeadDim});
+  STD_TORCH_CHECK(kv_scale.has_value() == quantized, "mla_decode: kv_scale is ", quantized ? "missing, wanted one" :
+                  "given, wanted none");
+  if (quantized) {
+    STD_TORCH_CHECK(kv_scale->numel() == 1 && kv_scale->scalar_type() == ScalarType::Float && kv_scale->device() == device,
+                    "mla_decode: kv_scale is ", kv_scale->numel(), " numbers of ", kv_scale->scalar_type(), " on ",
+                    describe(kv_scale->device()), ", wanted one of Float on ", describe(device));
+  }
   const int64_t page_size = kv_cache.size(1), page_stride = kv_cache.stride(0), token_stride = kv_cache.stride(1);
   STD_TORCH_CHECK(page_size == 16 || page_size == 32 || (page_size > 0 && page_size % kTileTokens == 0),
                   "mla_decode: kv_cache has pages of ", page_size, " tokens, wanted 16, 32 or a multiple of 64");
@@ -163,7 +177,8 @@ void mla_decode(const Tensor& q_nope, const Tensor& q_pe, const Tensor& kv_cache
   check_contiguous("partial_out", partial_out);
   check_alignment("partial_out", partial_out);
   const int64_t workers = shares.size(0), room = partial_lse.numel();
-  const StepBounds bounds = bounds_of(requests, heads, max_query_len, max_seq_len, batch_invariant);
+  const StepBounds bounds = bounds_of(requests, heads, max_query_len, max_seq_len, batch_invariant, quantized);
+  check_row_blocks(bounds);
   const int64_t rows = partial_rows(static_cast<int>(workers), bounds);
   STD_TORCH_CHECK(rows <= room, "mla_decode: partial_lse has room for ", room, " query rows, wanted ", rows, " for ", workers,
                   " shares of ", max_query_len, " query tokens and ", heads, " heads");
@@ -194,6 +209,7 @@ void mla_decode(const Tensor& q_nope, const Tensor& q_pe, const Tensor& kv_cache
   params.workers = static_cast<int>(workers);
   params.causal = causal;
   params.softmax_scale = static_cast<float>(softmax_scale);
+  if (quantized) params.kv_scale = static_cast<const float*>(kv_scale->const_data_ptr());
   params.out = out.mutable_data_ptr();
   params.out_token_stride = out.stride(0), params.out_head_stride = out.stride(1);
   params.output_is_vectors = starts_at_16_bytes(out);

@@ -9,7 +9,8 @@ constexpr int kLatentDim = 512;  // also the width of a value
 constexpr int kRopeDim = 64;
 constexpr int kHeadDim = kLatentDim + kRopeDim;
 constexpr int kMaxHeads = 128;
-constexpr int kMaxTokens = 65535;  // query tokens: thread blocks that a grid can have in its second dimension
+constexpr int kMaxTokens = 65535;     // query tokens
+constexpr int kMaxRowBlocks = 65535;  // of a request: thread blocks that a grid can have in its second dimension
 
 constexpr int kTileTokens = 64;   // cached tokens that a thread block handles at a time: the unit of the schedule
 constexpr int kLeastBox = kTileTokens / 2;  // tokens that the copy engine brings at a time, at least, from pages of several boxes
@@ -41,8 +42,8 @@ struct DecodeParams {
   const int32_t* block_table;  // [requests, max_pages]
   int64_t block_table_stride;
   int requests, page_size;
-  // Set with the choice of the kernel: a request's query rows (token and head) are handled in blocks of whole tokens, each of
-  // them by all workers.
+  // Set with the choice of the kernel: a request's query rows (token and head) are handled in blocks of whole tokens, or parts of a
+  // token, each of them by all workers.
   int block_rows, row_blocks;
   int box_shift;       // the copy engine brings 2^box_shift tokens of a page at a time,
   int boxes_per_page;  // so many times
@@ -86,6 +87,8 @@ struct DecodeParams {
   // among them, have seen that all are there. It begins with kAllStarted (csrc/sm90/tile.cuh) if the worker with that part has
   // started before anybody counted. After the last one it is 0 again.
   uint32_t* arrivals;
+
+  const float* kv_scale;  // from a quantised cache's numbers to their true values
 };
 
 }  // namespace mla_backend

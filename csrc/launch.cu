@@ -7,6 +7,7 @@
 #include <string>
 
 #include "sm90/decode_narrow.cuh"
+#include "sm90/decode_quantized.cuh"
 #include "sm90/decode_wide.cuh"
 #include "sm90/plan.cuh"
 
@@ -32,10 +33,10 @@ PFN_cuTensorMapEncodeTiled_v12000 tensor_map_encoder() {
 // memory with the swizzle of that width. Strides count elements.
 CUtensorMap encode(CUtensorMapDataType type, const void* data, int64_t columns, int64_t rows, int64_t outer,
                    int64_t row_stride, int64_t outer_stride, int box_columns, int box_rows, int box_outer) {
-  constexpr int kBytes = 2;  // of an element
+  const int bytes = type == CU_TENSOR_MAP_DATA_TYPE_UINT8 ? 1 : 2;  // of an element
   const cuuint64_t sizes[] = {static_cast<cuuint64_t>(columns), static_cast<cuuint64_t>(rows),
                               static_cast<cuuint64_t>(outer)};
-  const cuuint64_t strides[] = {static_cast<cuuint64_t>(row_stride * kBytes), static_cast<cuuint64_t>(outer_stride * kBytes)};
+  const cuuint64_t strides[] = {static_cast<cuuint64_t>(row_stride * bytes), static_cast<cuuint64_t>(outer_stride * bytes)};
   const cuuint32_t box[] = {static_cast<cuuint32_t>(box_columns), static_cast<cuuint32_t>(box_rows),
                             static_cast<cuuint32_t>(box_outer)};
   const cuuint32_t steps[] = {1, 1, 1};
@@ -44,7 +45,7 @@ CUtensorMap encode(CUtensorMapDataType type, const void* data, int64_t columns, 
   CUtensorMap map;
   const CUresult result =
       encoder(&map, type, 3, const_cast<void*>(data), sizes, strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
-              box_columns * kBytes == 128 ? CU_TENSOR_MAP_SWIZZLE_128B : CU_TENSOR_MAP_SWIZZLE_64B,
+              box_columns * bytes == 128 ? CU_TENSOR_MAP_SWIZZLE_128B : CU_TENSOR_MAP_SWIZZLE_64B,
               // Without promotion: 256 bytes at a time cost 5 to 8 % where bytes decide.
               CU_TENSOR_MAP_L2_PROMOTION_NONE, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   if (result != CUDA_SUCCESS) throw std::runtime_error("cuTensorMapEncodeTiled failed with " + std::to_string(result));
@@ -56,7 +57,7 @@ CUtensorMap encode(CUtensorMapDataType type, const void* data, int64_t columns, 
 // "Short requests stay whole", "Completed by the first worker", "One launch for many rows", "Parts in float16", "Float16
 // for 33 to 64 rows, too", "Workers of their own", "48 rows for many short requests"), and whether it is for many short requests
 // only: for more of them than there are clusters, none of which has more than kShortRequest cached tokens.
-enum class Kernel { kNarrow16, kNarrow32, kNarrow48, kNarrow64, kWide64, kWide128 };
+enum class Kernel { kNarrow16, kNarrow32, kNarrow48, kNarrow64, kWide64, kWide128, kQuantized16, kQuantized32, kQuantized64 };
 
 struct Choice {
   Kernel kernel;
@@ -77,9 +78,19 @@ constexpr Choice kChoices[] = {
     {Kernel::kWide64, 64, 2, 2, 3, 10, 10, 2, 4},
     {Kernel::kWide128, 128, 2, 2, 3, 5, 5, 2, 4},
 };
+// With a quantised cache.
+constexpr Choice kQuantizedChoices[] = {
+    {Kernel::kQuantized16, 16, 1, 1, 1, 4, 13, 1, 4},
+    {Kernel::kQuantized32, 32, 1, 1, 1, 4, 13, 1, 4},
+    // More rows are several blocks of them, and tiles come from L2 for all but one.
+    {Kernel::kQuantized64, 64, 1, 1, 2, 4, 4, 3, 0},
+};
 template <typename Condition>
 constexpr bool all_choices(Condition holds) {
   for (const Choice& choice : kChoices) {
+    if (!holds(choice)) return false;
+  }
+  for (const Choice& choice : kQuantizedChoices) {
     if (!holds(choice)) return false;
   }
   return true;
@@ -91,39 +102,48 @@ static_assert(all_choices([](const Choice& c) { return c.cluster > 1 || c.rows <
 constexpr int kClusters = 66;       // of two multiprocessors, on the largest Hopper GPU
 constexpr int kShortRequest = 512;  // cached tokens
 
-// How a request's query rows are handled: by which kernel, in how many blocks of how many tokens.
+// How a request's query rows are handled: by which kernel, in how many blocks of how many rows.
 struct Blocks {
   Choice choice;
-  int tokens, count;
+  int rows;
+  int64_t count;
 
   // The first kernel that takes all rows at once, or the last one. A batch-invariant step takes that always, because what other
   // requests there are may not choose.
   explicit Blocks(const StepBounds& bounds) {
     const int queries = std::max(1, bounds.max_query_len);
-    const int rows = bounds.batch_invariant ? kMaxHeads : bounds.heads * queries;
+    const int64_t all_rows = bounds.batch_invariant ? kMaxHeads : int64_t{1} * bounds.heads * queries;
     const bool many_short = bounds.requests > kClusters && bounds.max_seq_len <= kShortRequest;
-    const auto takes_all = [=](const Choice& choice) { return rows <= choice.rows && (many_short || !choice.many_short); };
-    choice = *std::find_if(std::begin(kChoices), std::end(kChoices) - 1, takes_all);
-    tokens = std::min(choice.rows / bounds.heads, queries);
-    count = (queries + tokens - 1) / tokens;
+    const auto takes_all = [=](const Choice& choice) { return all_rows <= choice.rows && (many_short || !choice.many_short); };
+    const auto first_of = [&](const auto& choices) {
+      return *std::find_if(std::begin(choices), std::end(choices) - 1, takes_all);
+    };
+    choice = bounds.quantized ? first_of(kQuantizedChoices) : first_of(kChoices);
+    if (bounds.heads <= choice.rows) {
+      rows = std::min(choice.rows / bounds.heads, queries) * bounds.heads;
+    } else {
+      const int parts = (bounds.heads + choice.rows - 1) / choice.rows;  // of a token
+      rows = (bounds.heads + parts - 1) / parts;
+    }
+    count = (int64_t{1} * bounds.heads * queries + rows - 1) / rows;
   }
 };
 
 template <typename Shared, typename Kernel>
 void decode(Kernel kernel, const Choice& choice, const DecodeParams& params, const Cache& cache, CUtensorMapDataType type,
-            cudaStream_t stream) {
+            CUtensorMapDataType cache_type, cudaStream_t stream) {
   const int box_tokens = 1 << params.box_shift;
   const auto of_cache = [&](int columns) {
-    return encode(type, cache.data, kHeadDim, params.page_size, cache.pages, cache.token_stride, cache.page_stride, columns,
+    return encode(cache_type, cache.data, kHeadDim, params.page_size, cache.pages, cache.token_stride, cache.page_stride, columns,
                   box_tokens, 1);
   };
   const auto of_queries = [&](const void* data, int columns, int64_t token_stride, int64_t head_stride, int box_columns) {
-    return encode(type, data, columns, params.heads, params.tokens, head_stride, token_stride, box_columns, params.heads,
-                  params.block_rows / params.heads);
+    return encode(type, data, columns, params.heads, params.tokens, head_stride, token_stride, box_columns,
+                  std::min(params.heads, params.block_rows), std::max(1, params.block_rows / params.heads));
   };
   const int rope_columns = kRopeDim / choice.cluster;
   sm90::TensorMaps maps = {};
-  maps.latent = of_cache(64);
+  maps.latent = of_cache(cache_type == CU_TENSOR_MAP_DATA_TYPE_UINT8 ? 128 : 64);
   maps.rope = rope_columns == 64 ? maps.latent : of_cache(rope_columns);
   if (params.queries_are_vectors) {
     maps.latent_query = of_queries(params.q_nope, kLatentDim, params.q_nope_token_stride, params.q_nope_head_stride, 64);
@@ -139,6 +159,14 @@ void decode(Kernel kernel, const Choice& choice, const DecodeParams& params, con
   check("decode kernel", cudaGetLastError());
 }
 
+template <int kValue>
+using Constant = std::integral_constant<int, kValue>;
+
+template <typename T>
+struct Type {
+  using type = T;
+};
+
 // What quotient() takes.
 uint32_t reciprocal(int divisor) { return static_cast<uint32_t>((0x1'0000'0000 + divisor - 1) / divisor); }
 
@@ -146,30 +174,36 @@ template <typename Element>
 void launch(DecodeParams params, const Blocks& blocks, const Cache& cache, CUtensorMapDataType type, cudaStream_t stream) {
   using namespace sm90;
   params.max_query_len = std::max(1, params.max_query_len);
-  params.block_rows = blocks.tokens * params.heads;
-  params.row_blocks = blocks.count;
+  params.block_rows = blocks.rows;
+  params.row_blocks = static_cast<int>(blocks.count);
+  // The copy engine does not bring rows of two tokens together unless it brings all of theirs.
+  if (params.block_rows % params.heads != 0 && params.heads % params.block_rows != 0) params.queries_are_vectors = false;
   params.box_shift = __builtin_ctz(std::min(params.page_size, kTileTokens / blocks.choice.cluster));
   params.boxes_per_page = params.page_size >> params.box_shift;
   params.heads_reciprocal = reciprocal(params.heads), params.boxes_reciprocal = reciprocal(params.boxes_per_page);
+  const auto run = [&](auto shared, auto kernel, CUtensorMapDataType cache_type) {
+    decode<typename decltype(shared)::type>(kernel, blocks.choice, params, cache, type, cache_type, stream);
+  };
+  const auto narrow = [&](auto rows) {
+    run(Type<NarrowShared<Element, Element, rows>>{}, decode_narrow_kernel<Element, Element, rows>, type);
+  };
+  const auto wide = [&](auto rows) { run(Type<WideShared<Element, rows>>{}, decode_wide_kernel<Element, rows>, type); };
+  const auto quantized = [&](auto rows) {
+    run(Type<QuantizedShared<Element, rows>>{}, decode_quantized_kernel<Element, rows>, CU_TENSOR_MAP_DATA_TYPE_UINT8);
+  };
   switch (blocks.choice.kernel) {
-    case Kernel::kNarrow16:
-      decode<NarrowShared<Element, 16>>(decode_narrow_kernel<Element, 16>, blocks.choice, params, cache, type, stream);
-      break;
-    case Kernel::kNarrow32:
-      decode<NarrowShared<Element, 32>>(decode_narrow_kernel<Element, 32>, blocks.choice, params, cache, type, stream);
-      break;
-    case Kernel::kNarrow48:
-      decode<NarrowShared<Element, 48>>(decode_narrow_kernel<Element, 48>, blocks.choice, params, cache, type, stream);
-      break;
-    case Kernel::kNarrow64:
-      decode<NarrowShared<Element, 64>>(decode_narrow_kernel<Element, 64>, blocks.choice, params, cache, type, stream);
-      break;
-    case Kernel::kWide64:
-      decode<WideShared<Element, 64>>(decode_wide_kernel<Element, 64>, blocks.choice, params, cache, type, stream);
-      break;
-    case Kernel::kWide128:
-      decode<WideShared<Element, 128>>(decode_wide_kernel<Element, 128>, blocks.choice, params, cache, type, stream);
-      break;
+    case Kernel::kNarrow16: return narrow(Constant<16>{});
+    case Kernel::kNarrow32: return narrow(Constant<32>{});
+    case Kernel::kNarrow48: return narrow(Constant<48>{});
+    case Kernel::kNarrow64: return narrow(Constant<64>{});
+    case Kernel::kWide64: return wide(Constant<64>{});
+    case Kernel::kWide128: return wide(Constant<128>{});
+    case Kernel::kQuantized16: return quantized(Constant<16>{});
+    case Kernel::kQuantized32: return quantized(Constant<32>{});
+    case Kernel::kQuantized64:
+      using Cached = __nv_fp8_e4m3;
+      return run(Type<NarrowShared<Element, Cached, 64>>{}, decode_narrow_kernel<Element, Cached, 64>,
+                 CU_TENSOR_MAP_DATA_TYPE_UINT8);
   }
 }
 
@@ -185,21 +219,24 @@ void launch_decode(const DecodeParams& params, const StepBounds& bounds, const C
   }
 }
 
+int64_t row_blocks(const StepBounds& bounds) { return Blocks(bounds).count; }
+
 int64_t partial_rows(int workers, const StepBounds& bounds) {
   if (workers == 1) return 0;  // nothing is split
   const Blocks blocks(bounds);
-  return int64_t{2} * workers * blocks.count * blocks.tokens * bounds.heads;
+  return 2 * workers * blocks.count * blocks.rows;
 }
 
 int64_t arrival_counters(int workers, const StepBounds& bounds) {
-  return workers == 1 ? 0 : int64_t{1} * workers * Blocks(bounds).count;
+  return workers == 1 ? 0 : workers * Blocks(bounds).count;
 }
 
 int launch_plan(const int32_t* seq_lens, const StepBounds& bounds, int multiprocessors, Share* shares, int32_t* splits,
                 cudaStream_t stream) {
   const Blocks blocks(bounds);
   const Choice& choice = blocks.choice;
-  const int workers = std::max(1, std::min(multiprocessors, sm90::kPlanThreads) / (blocks.count * choice.cluster));
+  const int64_t multiprocessors_each = blocks.count * choice.cluster;
+  const int workers = std::max(1, static_cast<int>(std::min(multiprocessors, sm90::kPlanThreads) / multiprocessors_each));
   const sm90::PlanParams params = {seq_lens,          bounds.requests,    workers,           choice.least_share,
                                    choice.begin_cost, choice.uneven_cost, choice.whole_cost, choice.split_cost,
                                    choice.most_parts, bounds.batch_invariant};

@@ -11,7 +11,8 @@ namespace mla_backend {
 
 enum class ElementType { kBFloat16, kFloat16 };
 
-// The latent cache [pages, page_size, 576], contiguous in the last dimension; strides count elements.
+// The latent cache [pages, page_size, 576], contiguous in the last dimension; strides count elements, which have the queries' type
+// or, where it is quantised, are float8 numbers (e4m3).
 struct Cache {
   const void* data;
   int64_t pages, page_stride, token_stride;
@@ -22,12 +23,16 @@ struct StepBounds {
   int requests, heads;
   int max_query_len, max_seq_len;  // that a request may have
   bool batch_invariant;
+  bool quantized;  // whether the cache is
 };
 
 // Launch one decode call. `params` need not say how rows are divided: that follows from the choice of the kernel. Throws
 // std::runtime_error with what CUDA said.
 void launch_decode(const DecodeParams& params, const StepBounds& bounds, const Cache& cache, ElementType type,
                    cudaStream_t stream);
+
+// Blocks of query rows that a request may have, at most kMaxRowBlocks.
+int64_t row_blocks(const StepBounds& bounds);
 
 // The query rows that there must be room for in partial results.
 int64_t partial_rows(int workers, const StepBounds& bounds);

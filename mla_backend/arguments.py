@@ -44,6 +44,7 @@ def check_arguments(
     softmax_scale: float,
     causal: bool,
     batch_invariant: bool,
+    quantized: bool,
     kv_scale: torch.Tensor | None,
     out: torch.Tensor,
     lse: torch.Tensor | None,
@@ -77,6 +78,11 @@ def check_arguments(
         raise TypeError(
             f"mla_decode: kv_cache is {kv_cache.dtype} and kv_scale is {'missing' if kv_scale is None else 'given'}; a "
             f"{QUANTIZED_DTYPE} cache needs one and no other cache takes one."
+        )
+    if quantized != (kv_cache.dtype == QUANTIZED_DTYPE):
+        raise TypeError(
+            f"mla_decode: schedule was made for {'a' if quantized else 'no'} quantised cache, but kv_cache is "
+            f"{kv_cache.dtype}; make it with DecodeSchedule.plan(..., quantized={not quantized})."
         )
     if kv_scale is not None:
         _check("kv_scale", kv_scale.flatten(), (1,), torch.float32, device)
@@ -124,8 +130,6 @@ def check_compiled(
         raise _wrong_dtype("q_nope", q_nope, "bfloat16 or float16 on a GPU")
     if q_nope.shape[0] > MAX_TOKENS:
         raise _wrong_shape("q_nope", q_nope, (f"at most {MAX_TOKENS} tokens on a GPU", "heads", KV_LORA_RANK))
-    if kv_cache.dtype != q_nope.dtype:
-        raise _wrong_dtype("kv_cache", kv_cache, f"{q_nope.dtype}, the dtype of q_nope, on a GPU")
     page_size = kv_cache.shape[1]
     if page_size not in (16, 32) and page_size % TILE_TOKENS:
         wanted = ("pages", f"16, 32 or a multiple of {TILE_TOKENS} on a GPU", HEAD_DIM)

@@ -65,8 +65,9 @@ def mla_decode(
     never followed. Rows that see no token, or that no request owns, are 0 in `out` and -inf in `lse`.
 
     Tensors lie on one device and may have any strides, but their last dimension is contiguous. On a GPU the compiled
-    kernels take bf16 and fp16 queries, a cache of the same dtype, in pages of 16, 32 or a multiple of 64 tokens, and
-    every cached token at a multiple of 16 bytes.
+    kernels take bf16 and fp16 queries, a cache in pages of 16, 32 or a multiple of 64 tokens, and every cached token at
+    a multiple of 16 bytes. Over a float8 cache they multiply in fp16, of bf16 queries each row divided by a power of
+    two.
 
     Args:
         q_nope: [tokens, heads, 512] queries after absorption of W_UK; bf16, fp16 or fp32; 1 to 128 heads.
@@ -77,8 +78,9 @@ def mla_decode(
         seq_lens: [requests] int32 cached tokens per request, this step's included; 0 is allowed.
         query_start_loc: [requests + 1] int32; request r owns rows query_start_loc[r]:query_start_loc[r + 1].
         softmax_scale: factor on the scores, before the softmax; positive.
-        schedule: of this step, made from the same `seq_lens`, unchanged since, and for as many heads. Calls that share
-            its buffers follow each other on one stream; at the same time, or with other lengths, they may never end.
+        schedule: of this step, made from the same `seq_lens`, unchanged since, for as many heads, and as `quantized`
+            where the cache is float8. Calls that share its buffers follow each other on one stream; at the same time,
+            or with other lengths, they may never end.
         causal: see above.
         kv_scale: one fp32 number, the factor from a float8 cache's numbers to their true values.
         out: [tokens, heads, 512] of the queries' dtype, written to. Allocated by default.
@@ -115,6 +117,7 @@ def mla_decode(
         softmax_scale,
         causal,
         schedule.batch_invariant,
+        schedule.quantized,
         kv_scale,
         out,
         lse,

@@ -21,12 +21,12 @@ _library.define(
     "mla_decode(Tensor q_nope, Tensor q_pe, Tensor kv_cache, Tensor block_table, Tensor seq_lens,"
     " Tensor query_start_loc, Tensor shares, Tensor splits, Tensor(c!) partial_out, Tensor(d!) partial_lse,"
     " Tensor(e!) arrivals, SymInt planned_heads, SymInt max_query_len, SymInt max_seq_len, float softmax_scale,"
-    " bool causal, bool batch_invariant, Tensor? kv_scale, Tensor(a!) out, Tensor(b!)? lse) -> ()",
+    " bool causal, bool batch_invariant, bool quantized, Tensor? kv_scale, Tensor(a!) out, Tensor(b!)? lse) -> ()",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 _library.define(
     "plan(Tensor seq_lens, SymInt heads, SymInt max_query_len, SymInt max_seq_len, bool batch_invariant,"
-    " Tensor(a!) shares, Tensor(b!) splits) -> SymInt",
+    " bool quantized, Tensor(a!) shares, Tensor(b!) splits) -> SymInt",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 
@@ -35,7 +35,7 @@ _library.define(
 def _mla_decode(*arguments: Any) -> None:
     check_arguments(*arguments)
     # The reference is not divided among workers: it takes all but the schedule and its buffers.
-    mla_decode_reference(*arguments[:6], *arguments[12:16], *arguments[17:])
+    mla_decode_reference(*arguments[:6], *arguments[12:16], *arguments[18:])
 
 
 @torch.library.impl(_library, "plan", "CompositeExplicitAutograd")

@@ -66,6 +66,7 @@ class DecodeSchedule:
         max_seq_len: upper bound on a request's cached tokens, known to the host.
         batch_invariant: no request is split, and one kernel serves all query lengths, so that a request's results do
             not depend on what else is in the batch. Slower where there are fewer requests than workers.
+        quantized: whether the cache is float8.
     """
 
     shares: torch.Tensor
@@ -75,6 +76,7 @@ class DecodeSchedule:
     max_query_len: int
     max_seq_len: int
     batch_invariant: bool = False
+    quantized: bool = False
 
     @classmethod
     def plan(
@@ -85,6 +87,7 @@ class DecodeSchedule:
         max_query_len: int,
         max_seq_len: int,
         batch_invariant: bool = False,
+        quantized: bool = False,
         buffers: ScheduleBuffers | None = None,
     ) -> DecodeSchedule:
         """Divide a step's work over the workers, on the device of `seq_lens` and without a host synchronisation.
@@ -94,9 +97,9 @@ class DecodeSchedule:
             heads: query heads, 1 to 128.
             max_query_len: upper bound on a request's query tokens; at most 65535 on a GPU.
             max_seq_len: upper bound on `seq_lens`. The kernel is chosen by this, the numbers of requests, heads and
-                query tokens, and `batch_invariant`, so a captured step must be replayed with schedules made with the
-                same.
-            batch_invariant: see `DecodeSchedule`.
+                query tokens, `batch_invariant` and `quantized`, so a captured step must be replayed with schedules made
+                with the same.
+            batch_invariant, quantized: see `DecodeSchedule`.
             buffers: where the schedule is written, so that its addresses outlive the step (a CUDA graph replays with
                 the addresses it was captured with); by default fresh memory.
 
@@ -115,6 +118,6 @@ class DecodeSchedule:
             )
         splits = buffers.splits[: requests + 1]
         bounds = (heads, max_query_len, max_seq_len)
-        workers = torch.ops.mla_backend.plan(seq_lens, *bounds, batch_invariant, buffers.shares, splits)
+        workers = torch.ops.mla_backend.plan(seq_lens, *bounds, batch_invariant, quantized, buffers.shares, splits)
         shares = buffers.shares[:workers]
-        return cls(shares, splits, buffers, heads, max_query_len, max_seq_len, batch_invariant)
+        return cls(shares, splits, buffers, heads, max_query_len, max_seq_len, batch_invariant, quantized)

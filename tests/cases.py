@@ -76,5 +76,6 @@ class Case:
             heads=self.heads,
             max_query_len=max(self.query_lens, default=0),
             max_seq_len=max(self.seq_lens, default=0),
+            quantized=cache_dtype == torch.float8_e4m3fn,
         )
         return {**tensors, "schedule": schedule, "softmax_scale": 192**-0.5, "causal": self.causal}

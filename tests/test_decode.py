@@ -124,7 +124,7 @@ def test_operator_passes_opcheck_and_compiles() -> None:
     for optional in (lse, None):
         torch.library.opcheck(
             torch.ops.mla_backend.mla_decode.default,
-            (*arguments.values(), *bounds, scale, causal, False, kv_scale, out, optional),
+            (*arguments.values(), *bounds, scale, causal, False, False, kv_scale, out, optional),
         )
 
     def layer(**tensors: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -58,6 +58,22 @@ struct Part32 {
   __device__ static int column(int place, int i) { return place / 4 * 16 + i * 8 + place % 4 * 2; }
 };
 
+// The same where columns lie in order.
+struct Part32InOrder {
+  static constexpr int kColumns = 4;
+  float4 values = {};
+
+  __device__ __forceinline__ void load_if(bool exists, const float* row, int place) {
+    ptx::load_if(exists, values, reinterpret_cast<const float4*>(row) + place);
+  }
+
+  __device__ __forceinline__ void add_to(float (&sum)[kColumns], float weight) const {
+    sum[0] += weight * values.x, sum[1] += weight * values.y, sum[2] += weight * values.z, sum[3] += weight * values.w;
+  }
+
+  __device__ static int column(int place, int i) { return place * kColumns + i * 2; }
+};
+
 // Where a row of a part in float16 has the powers of two that its columns were divided by, one for so many of them.
 constexpr int kScales = kLatentDim / 2, kScaleColumns = 128;
 

@@ -9,22 +9,28 @@
 // scores, each computes those of its own rows over all numbers.
 #pragma once
 
-#include "combine.cuh"
+#include "quantized.cuh"
 
 namespace mla_backend::sm90 {
 
-constexpr int kColumnBlocks = kHeadDim / 64;
-constexpr int kGroupBlocks = kLatentDim / 64 / 2;  // blocks of 64 output columns of a warpgroup
-constexpr int kMathBarrier = kQueriesBarrier + 1;  // named barrier of both warpgroups
-
-template <typename Element, int kN>
+template <typename Element, typename Cached, int kN>
 struct alignas(1024) NarrowShared {
+  static constexpr bool kQuantized = sizeof(Cached) == 1;
+  using Factor = std::conditional_t<kQuantized, __half, Element>;  // what is multiplied
   static constexpr int kRows = kN / 2;         // that a warpgroup finds the probabilities of
-  static constexpr bool kByColumns = kN < 64;  // whether it computes all scores over half of the numbers
+  static constexpr bool kByColumns = kQuantized || kN < 64;  // whether it computes all scores over half of the numbers
   static constexpr int kQueryStages = kN == 16 ? 2 : 1;  // what there is room for
-  ColumnBlock<Element> tile[2][kColumnBlocks];
+  static constexpr int kTileStages = !kQuantized ? 2 : kN < 64 ? 4 : 3;
+  static constexpr int kBlockColumns = 128 / sizeof(Cached), kTileBlocks = (kHeadDim - 1) / kBlockColumns + 1;
+  static constexpr int kOwnBlocks = kTileBlocks / 2;  // with the output columns of a warpgroup
+  using Tile = ColumnBlock<Cached>[kTileBlocks];
+
+  // threadIdx.x, anew where registers are scarce.
+  __device__ static __forceinline__ uint32_t thread() { return kQuantized ? ptx::thread_index() : threadIdx.x; }
+
+  Tile tile[kTileStages];
   Element query[kQueryStages][kColumnBlocks][kN][64];
-  Element probabilities[kN][64];
+  Factor probabilities[kN][64];
   struct Nothing {};
   std::conditional_t<kByColumns, float4[2][kRows / 8][128], Nothing> scores;  // that a warpgroup hands the other one
   float exchange[2][4][kRows];  // per warpgroup and warp: maxima of its rows, at the end their sums
@@ -32,62 +38,32 @@ struct alignas(1024) NarrowShared {
   float log2_sum[kN];           // a row's reference at the end, then the logarithm of its denominator
   Piece work[kQueryStages];
   SplitPieces split;
-  Pipeline<2, kColumnBlocks> tiles;
+  static constexpr int kTileParts = kQuantized ? 1 : kTileBlocks;
+  Pipeline<kTileStages, kTileParts> tiles;
   Pipeline<kQueryStages> queries;
+  std::conditional_t<kQuantized, Piece, Nothing> attended;       // the piece at hand, for which there are no registers
+  std::conditional_t<kQuantized, float[kN], Nothing> row_scale;  // what a row's scores are multiplied by
 };
-
-// The query row that is a thread's column `c` of any accumulator.
-__device__ __forceinline__ int own_column(int c) { return c / 2 * 8 + threadIdx.x % 4 * 2 + c % 2; }
-
-// Over the eight lanes that hold a column of an accumulator.
-__device__ __forceinline__ float column_max(float x) {
-#pragma unroll
-  for (int offset = 4; offset < 32; offset *= 2) x = fmaxf(x, __shfl_xor_sync(~0u, x, offset));
-  return x;
-}
-
-__device__ __forceinline__ float column_sum(float x) {
-#pragma unroll
-  for (int offset = 4; offset < 32; offset *= 2) x += __shfl_xor_sync(~0u, x, offset);
-  return x;
-}
-
-// Write a partial result.
-template <typename Element, int kN>
-__device__ __forceinline__ void store_part(const Rows<Element>& results, const float (&out)[kGroupBlocks][kN / 2], int group) {
-  const int warp = threadIdx.x / 32 % 4, lane = threadIdx.x % 32;
-#pragma unroll
-  for (int c = 0; c < kN / 4; ++c) {
-    const int row = own_column(c);
-    if (row >= results.last_row) continue;
-    float2* to = reinterpret_cast<float2*>(results.partial_out(row) + group * kGroupBlocks * 64 + warp * 16) + lane / 4;
-#pragma unroll
-    for (int b = 0; b < kGroupBlocks; ++b) {
-      const float* two = &out[b][c / 2 * 4 + c % 2];
-      to[b * 32] = make_float2(two[0], two[2]);
-    }
-  }
-}
 
 // Write rows of the output. A thread has neighbours in a column: transposed, of two groups of eight columns it
 // has two columns each, and stores four of one.
 template <typename Element, int kN>
 __device__ __forceinline__ void store_transposed(const Rows<Element>& results, const float (&out)[kGroupBlocks][kN / 2],
                                                  int group) {
-  const int warp = threadIdx.x / 32 % 4, lane = threadIdx.x % 32;
-  const int column = group * kGroupBlocks * 64 + warp * 16 + lane % 2 * 8 + lane % 4 / 2 * 4;
+  const Place at(threadIdx.x);
+  const int column = group * kGroupBlocks * 64 + at.warp * 16 + at.lane % 2 * 8 + at.lane % 4 / 2 * 4;
 #pragma unroll
   for (int j = 0; j < kN / 8; ++j) {
-    const int row = j * 8 + lane / 4;
+    const int row = j * 8 + at.lane / 4;
     Element* to = results.out(row) + column;
 #pragma unroll
     for (int b = 0; b < kGroupBlocks; ++b) {
       const float* four = &out[b][j * 4];
       const uint32_t low = ptx::transposed(pack<Element>(four[0], four[1]));
       const uint32_t high = ptx::transposed(pack<Element>(four[2], four[3]));
-      const uint32_t received = __shfl_xor_sync(~0u, lane % 2 ? low : high, 1);
+      const uint32_t received = __shfl_xor_sync(~0u, at.lane % 2 ? low : high, 1);
       if (row >= results.last_row) continue;
-      *reinterpret_cast<uint2*>(to + b * 64) = lane % 2 ? make_uint2(received, high) : make_uint2(low, received);
+      *reinterpret_cast<uint2*>(to + b * 64) = at.lane % 2 ? make_uint2(received, high) : make_uint2(low, received);
     }
   }
 }
@@ -95,12 +71,12 @@ __device__ __forceinline__ void store_transposed(const Rows<Element>& results, c
 // The same where rows may start anywhere.
 template <typename Element, int kN>
 __device__ __forceinline__ void store_elements(const Rows<Element>& results, const float (&out)[kGroupBlocks][kN / 2], int group) {
-  const int warp = threadIdx.x / 32 % 4, lane = threadIdx.x % 32;
+  const Place at(threadIdx.x);
 #pragma unroll
   for (int c = 0; c < kN / 4; ++c) {
-    const int row = own_column(c);
+    const int row = results.first_row + at.column(c);
     if (row >= results.last_row) continue;
-    Element* to = results.out(row) + group * kGroupBlocks * 64 + warp * 16 + lane / 4;
+    Element* to = results.out(row) + group * kGroupBlocks * 64 + at.warp * 16 + at.lane / 4;
 #pragma unroll
     for (int b = 0; b < kGroupBlocks; ++b) {
 #pragma unroll
@@ -112,48 +88,86 @@ __device__ __forceinline__ void store_elements(const Rows<Element>& results, con
   }
 }
 
-// Add what other workers have found for the rows of a request that this one completes.
-template <typename Element, int kN>
-__device__ __forceinline__ void add_parts(const Rows<Element>& results, float (&out)[kGroupBlocks][kN / 2],
-                                          float (&log2_sums)[kN / 4], int group) {
-  const int warp = threadIdx.x / 32 % 4, lane = threadIdx.x % 32;
-  constexpr int kColumns = kN / 4;  // that a thread holds parts of
-#pragma unroll 1
-  for (int part = 1; part < results.parts; ++part) {
-    float other[kColumns];
-    float2 two[kColumns][kGroupBlocks] = {};
+// A tile whose numbers the tensor cores take from shared memory, for one of the two warpgroups.
+template <typename Shared>
+class SharedTile {
+ public:
+  using Element = typename Shared::Factor;
+  static constexpr int kConsumers = 2;  // that release it
+  static constexpr bool kClearedFirst = false;
+
+  __device__ __forceinline__ SharedTile(Shared& shared, int number, int group)
+      : shared_(shared), number_(number), group_(group), tile_(shared.tile[ptx::uniform(shared.tiles.stage(number))]) {}
+
+  // Cached tokens times queries: all rows and half of every column block, or the own rows and all columns.
+  template <int kCount>
+  __device__ __forceinline__ void multiply_by_queries(float (&product)[kCount], int query_stage) {
+    constexpr bool kByColumns = Shared::kByColumns;
+    constexpr int kBlockSteps = kByColumns ? 2 : 4;
+    const uint32_t half = kByColumns ? group_ * 64 : 0, own_rows = kByColumns ? 0 : group_ * Shared::kRows * 128;  // in bytes
+    const ptx::Matrix keys(ptx::shared_address(tile_) + half, 0, 1024);
+    const ptx::Matrix query(ptx::shared_address(shared_.query[query_stage]) + own_rows + half, 0, 1024);
 #pragma unroll
-    for (int c = 0; c < kColumns; ++c) {
-      const int row = own_column(c);
-      const bool exists = row < results.last_row;
-      const float* from = results.partial_out(row, part) + group * kGroupBlocks * 64 + warp * 16 + lane / 4 * 2;
-      other[c] = -INFINITY;
-      ptx::load_if(exists, other[c], results.params.partial_lse + results.partial_row_of(row, part));
-#pragma unroll
-      for (int b = 0; b < kGroupBlocks; ++b) ptx::load_if(exists, two[c][b], reinterpret_cast<const float2*>(from + b * 64));
+    for (int step = 0; step < kColumnBlocks * kBlockSteps; ++step) {
+      const uint32_t block = step / kBlockSteps, inner = step % kBlockSteps * 32;
+      if (step % kBlockSteps == 0) {  // products begin before all of the tile is there
+        shared_.tiles.wait_full(number_, block);
+        ptx::wgmma_fence();  // without it the compiler adds it, and says so
+      }
+      ptx::wgmma<Element>(product, keys.at(block * sizeof(ColumnBlock<Element>) + inner),
+                          query.at(block * sizeof(shared_.query[0][0]) + inner), step > 0);
     }
+    ptx::wgmma_commit();
+    ptx::wgmma_wait<0>();
+    ptx::keep(product);
+  }
+
+  // The columns that this warpgroup multiplies are its own to clear.
+  __device__ __forceinline__ void clear_from(int token, int own_barrier) {
+    using OwnBlocks = ColumnBlock<Element>[Shared::kOwnBlocks];
+    clear_rows_from(token, reinterpret_cast<OwnBlocks&>(tile_[group_ * Shared::kOwnBlocks]), own_barrier);
+  }
+
+  // Add values times probabilities, and release the tile.
+  template <int kCount>
+  __device__ __forceinline__ void add_values(float (&out)[kGroupBlocks][kCount]) {
 #pragma unroll
-    for (int c = 0; c < kColumns; ++c) {
-      const Weights weights(log2_sums[c], other[c]);
+    for (int b = 0; b < kGroupBlocks; ++b) ptx::keep(out[b]);
+    const ptx::Matrix values(ptx::shared_address(tile_[group_ * Shared::kOwnBlocks]), sizeof(ColumnBlock<Element>), 1024);
+    const ptx::Matrix weights(ptx::shared_address(shared_.probabilities), 0, 1024);
+    ptx::wgmma_fence();
 #pragma unroll
-      for (int b = 0; b < kGroupBlocks; ++b) {
-        float* own = &out[b][c / 2 * 4 + c % 2];
-        own[0] = own[0] * weights.own + two[c][b].x * weights.other;
-        own[2] = own[2] * weights.own + two[c][b].y * weights.other;
+    for (int b = 0; b < kGroupBlocks; ++b) {
+#pragma unroll
+      for (int step = 0; step < kTileTokens / 16; ++step) {
+        ptx::wgmma<Element, 1>(out[b], values.at(b * sizeof(ColumnBlock<Element>) + step * 16 * 128), weights.at(step * 32), 1);
       }
     }
+    ptx::wgmma_commit();
+    ptx::wgmma_wait<0>();
+#pragma unroll
+    for (int b = 0; b < kGroupBlocks; ++b) ptx::keep(out[b]);
+    if (threadIdx.x % 128 == 0) shared_.tiles.release(number_);
   }
-}
 
-template <typename Element, int kN>
-__device__ void consume_narrow(const DecodeParams& params, NarrowShared<Element, kN>& shared) {
-  using Shared = NarrowShared<Element, kN>;
+ private:
+  Shared& shared_;
+  const int number_, group_;
+  typename Shared::Tile& tile_;
+};
+
+template <typename Element, typename Cached, int kN>
+__device__ void consume_narrow(const DecodeParams& params, NarrowShared<Element, Cached, kN>& shared) {
+  using Shared = NarrowShared<Element, Cached, kN>;
+  using Factor = typename Shared::Factor;
   constexpr int kScores = Shared::kRows / 2, kColumns = Shared::kRows / 4;  // that a thread holds: scores, and parts of rows
-  const int group = ptx::uniform(threadIdx.x / 128), warp = threadIdx.x / 32 % 4, lane = threadIdx.x % 32;
-  const int own_token = warp * 16 + lane / 4;   // of a tile, and the one 8 further on
+  const int group = ptx::uniform(threadIdx.x / 128);
   const int first_row = group * Shared::kRows;  // that the warpgroup finds the probabilities of
   const int own_barrier = kGroupBarrier + group;
-  const float scale_log2 = params.softmax_scale * kLog2E;
+  const int row_block = Shared::kQuantized ? blockIdx.y : 0;
+  const float kv_scale = Shared::kQuantized ? *params.kv_scale : 1;
+  const float step_scale_log2 = params.softmax_scale * kLog2E * kv_scale;
+  using Numbers = std::conditional_t<Shared::kQuantized, ConvertedTile<Shared>, SharedTile<Shared>>;
   const auto meet = [] { ptx::named_barrier_sync<kMathThreads>(kMathBarrier); };
 
   const uint32_t probabilities = ptx::shared_address(shared.probabilities);
@@ -163,6 +177,15 @@ __device__ void consume_narrow(const DecodeParams& params, NarrowShared<Element,
     shared.queries.wait_full(pieces);
     const Piece piece = shared.work[query_stage];
     if (piece.tiles() == 0) break;
+    if constexpr (Shared::kQuantized) {
+      prepare_queries(shared.query[query_stage], shared.row_scale, step_scale_log2);
+      if (threadIdx.x == 0) shared.attended = piece;
+      meet();
+    }
+    const auto attended = [&] {
+      if constexpr (Shared::kQuantized) return shared.attended;
+      return piece;
+    };
     const int queries = piece.queries, seq_len = piece.seq_len;
     const int all_visible = params.causal ? seq_len - queries + 1 : seq_len;
 
@@ -177,29 +200,17 @@ __device__ void consume_narrow(const DecodeParams& params, NarrowShared<Element,
 
     for (int t = piece.first_tile; t < piece.last_tile; ++t, ++number) {
       const int first = t * kTileTokens;
-      ColumnBlock<Element>(&tile)[kColumnBlocks] = shared.tile[ptx::uniform(shared.tiles.stage(number))];
-      const uint32_t own_values = ptx::shared_address(tile[group * kGroupBlocks]);
-
-      // product[4 * j + 2 * i + e] is token own_token + 8 * i and query row own_column(2 * j + e), counted from the first of all
+      Numbers numbers(shared, number, group);
+      const Place at(Shared::thread());
+      const auto scale_log2 = [&](int c) {
+        if constexpr (Shared::kQuantized) return shared.row_scale[first_row + at.column(c)];
+        return step_scale_log2;
+      };
+      if (Numbers::kClearedFirst && seq_len - first < kTileTokens) numbers.clear_from(seq_len - first, own_barrier);
+      // product[4 * j + 2 * i + e] is token at.row() + 8 * i and query row at.column(2 * j + e), counted from the first of all
       // rows or of the own ones.
       float product[Shared::kByColumns ? kN / 2 : kScores];
-      constexpr int kBlockSteps = Shared::kByColumns ? 2 : 4;  // half of every column block, or all of it
-      const uint32_t half = Shared::kByColumns ? group * 64 : 0, own_rows = Shared::kByColumns ? 0 : first_row * 128;  // in bytes
-      const ptx::Matrix keys(ptx::shared_address(tile) + half, 0, 1024);
-      const ptx::Matrix query(ptx::shared_address(shared.query[query_stage]) + own_rows + half, 0, 1024);
-#pragma unroll
-      for (int step = 0; step < kColumnBlocks * kBlockSteps; ++step) {
-        const uint32_t block = step / kBlockSteps, inner = step % kBlockSteps * 32;
-        if (step % kBlockSteps == 0) {  // products begin before all of the tile is there
-          shared.tiles.wait_full(number, block);
-          ptx::wgmma_fence();  // without it the compiler adds it, and says so
-        }
-        ptx::wgmma<Element>(product, keys.at(block * sizeof(ColumnBlock<Element>) + inner),
-                            query.at(block * sizeof(shared.query[0][0]) + inner), step > 0);
-      }
-      ptx::wgmma_commit();
-      ptx::wgmma_wait<0>();
-      ptx::keep(product);
+      numbers.multiply_by_queries(product, query_stage);
       if (t + 1 == piece.last_tile) shared.queries.release(pieces);
       float score[kScores];  // of the own rows
       if constexpr (Shared::kByColumns) {
@@ -226,15 +237,12 @@ __device__ void consume_narrow(const DecodeParams& params, NarrowShared<Element,
       if (first + kTileTokens > all_visible) {
 #pragma unroll
         for (int k = 0; k < kScores; ++k) {
-          const int query_index = min(query_of_row(params, first_row + own_column(k / 4 * 2 + k % 2)), queries - 1);
+          const int row = row_block * params.block_rows + first_row + at.column(k / 4 * 2 + k % 2);
+          const int query_index = min(query_of_row(params, row), queries - 1);
           const int last_visible = params.causal ? seq_len - queries + query_index : seq_len - 1;
-          if (first + own_token + k / 2 % 2 * 8 > last_visible) score[k] = -INFINITY;
+          if (first + at.row() + k / 2 % 2 * 8 > last_visible) score[k] = -INFINITY;
         }
-        if (seq_len - first < kTileTokens) {
-          // The columns that this warpgroup multiplies are its own to clear.
-          clear_rows_from(seq_len - first, *reinterpret_cast<ColumnBlock<Element>(*)[kGroupBlocks]>(&tile[group * kGroupBlocks]),
-                          own_barrier);
-        }
+        if (!Numbers::kClearedFirst && seq_len - first < kTileTokens) numbers.clear_from(seq_len - first, own_barrier);
       }
       // Probabilities relative to the references. Transposed on the way, so that a query row's lie side by side: 8 x 8
       // matrices of two groups of tokens and, where there are as many, two of query rows at a time.
@@ -244,13 +252,13 @@ __device__ void consume_narrow(const DecodeParams& params, NarrowShared<Element,
         for (int k = 0; k < kScores; ++k) {
           // A row that has seen no token yet has the reference -inf, and -inf - -inf would be NaN.
           const float relative_to = reference[k / 4 * 2 + k % 2];
-          power[k] = ptx::exp2(score[k] * scale_log2 - (relative_to == -INFINITY ? 0 : relative_to));
+          power[k] = ptx::exp2(score[k] * scale_log2(k / 4 * 2 + k % 2) - (relative_to == -INFINITY ? 0 : relative_to));
         }
 #pragma unroll
         for (int j = 0; j < Shared::kRows / 8; j += 2) {
-          const int row = first_row + (j + lane / 16) * 8 + lane % 8, chunk = warp * 2 + lane / 8 % 2;
+          const int row = first_row + (j + at.lane / 16) * 8 + at.lane % 8, chunk = at.warp * 2 + at.lane / 8 % 2;
           const uint32_t to = probabilities + swizzled_128(row, chunk);
-          const auto two = [&](int k) { return pack<Element>(power[k], power[k + 1]); };
+          const auto two = [&](int k) { return pack<Factor>(power[k], power[k + 1]); };
           if (j + 1 == Shared::kRows / 8) {
             ptx::stmatrix_x2_trans(to, two(j * 4), two(j * 4 + 2));
           } else {
@@ -274,25 +282,25 @@ __device__ void consume_narrow(const DecodeParams& params, NarrowShared<Element,
 #pragma unroll
         for (int c = 0; c < kColumns; ++c) {
           const float tile_peak = column_max(fmaxf(score[c / 2 * 4 + c % 2], score[c / 2 * 4 + 2 + c % 2]));
-          if (lane < 4) shared.exchange[group][warp][own_column(c)] = tile_peak;
+          if (at.lane < 4) shared.exchange[group][at.warp][at.column(c)] = tile_peak;
         }
         ptx::named_barrier_sync<128>(own_barrier);
 #pragma unroll
         for (int c = 0; c < kColumns; ++c) {
           float tile_peak = -INFINITY;
 #pragma unroll
-          for (int w = 0; w < 4; ++w) tile_peak = fmaxf(tile_peak, shared.exchange[group][w][own_column(c)]);
-          tile_peak *= scale_log2;
+          for (int w = 0; w < 4; ++w) tile_peak = fmaxf(tile_peak, shared.exchange[group][w][at.column(c)]);
+          tile_peak *= scale_log2(c);
           const float followed = tile_peak - reference[c] > kPatience ? tile_peak : reference[c];
           const float decay = ptx::exp2(reference[c] - (followed == -INFINITY ? 0 : followed));
           reference[c] = followed;
           sum[c] *= decay;
-          if (threadIdx.x % 128 < 4) shared.factor[first_row + own_column(c)] = decay;
+          if (at.warp == 0 && at.lane < 4) shared.factor[first_row + at.column(c)] = decay;
         }
         if (t > piece.first_tile) {  // else there is nothing to scale
           meet();
 #pragma unroll
-          for (int c = 0; c < kN / 4; ++c) scale(c, shared.factor[own_column(c)]);
+          for (int c = 0; c < kN / 4; ++c) scale(c, shared.factor[at.column(c)]);
         }
         weigh();
         meet();
@@ -300,52 +308,39 @@ __device__ void consume_narrow(const DecodeParams& params, NarrowShared<Element,
 #pragma unroll
       for (int k = 0; k < kScores; ++k) sum[k / 4 * 2 + k % 2] += power[k];
 
-#pragma unroll
-      for (int b = 0; b < kGroupBlocks; ++b) ptx::keep(out[b]);
-      const ptx::Matrix values(own_values, sizeof(ColumnBlock<Element>), 1024), weights(probabilities, 0, 1024);
-      ptx::wgmma_fence();
-#pragma unroll
-      for (int b = 0; b < kGroupBlocks; ++b) {
-#pragma unroll
-        for (int step = 0; step < kTileTokens / 16; ++step) {
-          ptx::wgmma<Element, 1>(out[b], values.at(b * sizeof(ColumnBlock<Element>) + step * 16 * 128),
-                                 weights.at(step * 32), 1);
-        }
-      }
-      ptx::wgmma_commit();
-      ptx::wgmma_wait<0>();
-#pragma unroll
-      for (int b = 0; b < kGroupBlocks; ++b) ptx::keep(out[b]);
-      if (threadIdx.x % 128 == 0) shared.tiles.release(number);
+      numbers.add_values(out);
     }
 
     // Denominators: over the lanes, then over the warps.
+    const Place at(Shared::thread());
 #pragma unroll
     for (int c = 0; c < kColumns; ++c) {
       sum[c] = column_sum(sum[c]);
-      if (lane < 4) shared.exchange[group][warp][own_column(c)] = sum[c];
-      if (threadIdx.x % 128 < 4) shared.log2_sum[first_row + own_column(c)] = reference[c];
+      if (at.lane < 4) shared.exchange[group][at.warp][at.column(c)] = sum[c];
+      if (at.warp == 0 && at.lane < 4) shared.log2_sum[first_row + at.column(c)] = reference[c];
     }
     meet();
-    const Rows<Element> results(params, piece, 0);
-    if (const int row = threadIdx.x; row < kN) {
+    const Rows<Element> results(params, attended(), row_block);
+    if (const int row = Shared::thread(); row < kN) {
       float total = 0;
 #pragma unroll
       for (int w = 0; w < 4; ++w) total += shared.exchange[row / Shared::kRows][w][row % Shared::kRows];
-      shared.factor[row] = total > 0 ? ptx::reciprocal(total) : 0;
+      shared.factor[row] = total > 0 ? kv_scale * ptx::reciprocal(total) : 0;
       const float log2_sum = total > 0 ? shared.log2_sum[row] + ptx::log2(total) : -INFINITY;
       shared.log2_sum[row] = log2_sum;
-      if (row < results.last_row && !results.complete) results.store_partial_lse(row, log2_sum);
-      if (row < results.last_row && results.parts == 0) results.store_lse(row, log2_sum);
+      if (const int request_row = results.first_row + row; request_row < results.last_row) {
+        if (!results.complete) results.store_partial_lse(request_row, log2_sum);
+        if (results.parts == 0) results.store_lse(request_row, log2_sum);
+      }
     }
     meet();
 #pragma unroll
-    for (int c = 0; c < kN / 4; ++c) scale(c, shared.factor[own_column(c)]);
+    for (int c = 0; c < kN / 4; ++c) scale(c, shared.factor[at.column(c)]);
     // In this order in the machine code, too: where there is little work, parts are what is stored, with code that nobody has
     // needed before.
     int complete = results.complete;
     if (!complete) {
-      store_part<Element, kN>(results, out, group);
+      store_part(results, out, group, at, results.first_row);
       results.announce(own_barrier);
     }
     asm volatile("" : "+r"(complete));
@@ -354,15 +349,18 @@ __device__ void consume_narrow(const DecodeParams& params, NarrowShared<Element,
         if (results.template wait_for_others<2>(own_barrier)) {
           float log2_sums[kN / 4];
 #pragma unroll
-          for (int c = 0; c < kN / 4; ++c) log2_sums[c] = shared.log2_sum[own_column(c)];
-          add_parts<Element, kN>(results, out, log2_sums, group);
+          for (int c = 0; c < kN / 4; ++c) log2_sums[c] = shared.log2_sum[at.column(c)];
+          add_parts(results, out, log2_sums, group, at);
 #pragma unroll
           for (int c = 0; c < kN / 4; ++c) {
-            if (const int row = own_column(c); threadIdx.x < 4 && row < results.last_row) results.store_lse(row, log2_sums[c]);
+            const int row = results.first_row + at.column(c);
+            if (threadIdx.x < 4 && row < results.last_row) results.store_lse(row, log2_sums[c]);
           }
         }
       }
-      if (params.output_is_vectors) {
+      if constexpr (Shared::kQuantized) {
+        store_pairs(results, out, group, at, results.first_row);
+      } else if (params.output_is_vectors) {
         store_transposed<Element, kN>(results, out, group);
       } else {
         store_elements<Element, kN>(results, out, group);
@@ -371,33 +369,38 @@ __device__ void consume_narrow(const DecodeParams& params, NarrowShared<Element,
     meet();  // before the next piece overwrites the sums
   }
   // What they add up goes where probabilities were.
-  static_assert(sizeof(WarpSums<Part32>[2]) <= sizeof(shared.probabilities));
-  auto& sums = reinterpret_cast<WarpSums<Part32>(&)[2]>(shared.probabilities);
-  combine_split<Element, Part32, 2>(params, shared.split, group, own_barrier, sums[group]);
+  using Part = std::conditional_t<Shared::kQuantized, Part32InOrder, Part32>;
+  static_assert(sizeof(WarpSums<Part>[2]) <= sizeof(shared.probabilities));
+  auto& sums = reinterpret_cast<WarpSums<Part>(&)[2]>(shared.probabilities);
+  combine_split<Element, Part, 2>(params, shared.split, group, own_barrier, sums[group]);
 }
 
 // A block is started with as many registers for each thread as if it had kThreads of them. With 168 for all, which none of them
 // needs, steps with 16 rows took 0.1 to 0.5 us longer; why is not known.
-template <int kN>
+template <typename Cached, int kN>
 struct NarrowRegisters {
-  static constexpr int kThreads = kN == 16 ? 640 : kN == 32 ? 512 : 384;                        // 96, 128 or 168 registers each
-  static constexpr int kMath = kN == 16 ? 104 : kN == 32 ? 152 : 224, kOther = kN > 32 ? 56 : 80;  // what the roles make of them
+  static constexpr bool kQuantized = sizeof(Cached) == 1;  // numbers on their way to the tensor cores take many
+  static constexpr int kThreads = kQuantized || kN > 32 ? 384 : kN == 16 ? 640 : 512;      // 168, 96 or 128 registers each,
+  static constexpr int kMath = kQuantized ? 240 : kN == 16 ? 104 : kN == 32 ? 152 : 224;  // and what the roles make of them
+  static constexpr int kOther = kQuantized ? 24 : kN > 32 ? 56 : 80;
 };
 
-template <typename Element, int kN>
-__global__ void __launch_bounds__(NarrowRegisters<kN>::kThreads, 1)
+template <typename Element, typename Cached, int kN>
+__global__ void __launch_bounds__(NarrowRegisters<Cached, kN>::kThreads, 1)
     decode_narrow_kernel(const __grid_constant__ DecodeParams params, const __grid_constant__ TensorMaps maps) {
-  auto& shared = shared_memory<NarrowShared<Element, kN>>();
-  run_roles<NarrowRegisters<kN>::kMath, NarrowRegisters<kN>::kOther>(
+  using Shared = NarrowShared<Element, Cached, kN>;
+  using Registers = NarrowRegisters<Cached, kN>;
+  auto& shared = shared_memory<Shared>();
+  run_roles<Registers::kMath, Registers::kOther>(
       params, blockIdx.x,
       [&](Pieces& pieces, int warp) {
         if (warp > 0) return;
-        bring_tiles<1>(params, pieces, shared.tiles, kHeadDim * sizeof(Element),
+        bring_tiles<1>(params, pieces, shared.tiles, Shared::kTileBlocks * 128,
                        [&](int stage, int tile_row, int page, int page_row, auto tma_load) {
                          const int block = threadIdx.x % 32;
-                         if (block < kColumnBlocks) {
-                           tma_load(&shared.tile[stage][block][tile_row], &maps.latent, block * 64, page_row, page,
-                                    &shared.tiles.full[stage][block]);
+                         if (block < Shared::kTileBlocks) {
+                           tma_load(&shared.tile[stage][block][tile_row], &maps.latent, block * Shared::kBlockColumns, page_row,
+                                    page, &shared.tiles.full[stage][Shared::kQuantized ? 0 : block]);
                          }
                        });
       },
@@ -405,30 +408,33 @@ __global__ void __launch_bounds__(NarrowRegisters<kN>::kThreads, 1)
         bring_queries<1>(
             params, pieces, shared.queries, shared.work, shared.split, params.block_rows * kHeadDim * sizeof(Element),
             [&](int stage, int token) {
-              const int block = threadIdx.x % 32;
+              const int block = Shared::thread() % 32;
               if (block < kColumnBlocks) {
                 const bool rope = block == kLatentDim / 64;
+                const int head = Shared::kQuantized ? first_head(params) : 0;
                 ptx::tma_load(&shared.query[stage][block], rope ? &maps.rope_query : &maps.latent_query,
-                              rope ? 0 : block * 64, 0, token, shared.queries.full[stage]);
+                              rope ? 0 : block * 64, head, token, shared.queries.full[stage]);
               }
             },
             [&](int stage, const Piece& piece) {
               const auto place = [&](int row, int chunk) {
                 return ptx::shared_address(shared.query[stage][chunk / 8]) + swizzled_128(row, chunk % 8);
               };
+              const int row = Shared::kQuantized ? blockIdx.y * params.block_rows : 0;
+              const int last_row = Shared::kQuantized ? min(row + params.block_rows, piece.rows(params)) : piece.rows(params);
               copy_rows<kLatentDim / 8>(params, query_latent<Element>(params, piece), params.q_nope_token_stride,
-                                        params.q_nope_head_stride, 0, piece.rows(params), place);
-              copy_rows<kRopeDim / 8>(
-                  params, query_rope<Element>(params, piece), params.q_pe_token_stride, params.q_pe_head_stride, 0,
-                  piece.rows(params), [&](int row, int chunk) { return place(row, kLatentDim / 8 + chunk); });
+                                        params.q_nope_head_stride, row, last_row, place);
+              copy_rows<kRopeDim / 8>(params, query_rope<Element>(params, piece), params.q_pe_token_stride,
+                                      params.q_pe_head_stride, row, last_row,
+                                      [&](int row, int chunk) { return place(row, kLatentDim / 8 + chunk); });
             });
       },
       [&] {
         maps.prefetch();
-        shared.tiles.initialise(1, 2);
+        shared.tiles.initialise(1, Shared::kQuantized ? ConvertedTile<Shared>::kConsumers : SharedTile<Shared>::kConsumers);
         shared.queries.initialise(32, kMathThreads);
       },
-      [&] { consume_narrow<Element, kN>(params, shared); }, [] { __syncthreads(); },
+      [&] { consume_narrow<Element, Cached, kN>(params, shared); }, [] { __syncthreads(); },
       [&] { clear_rows<Element>(params); });
 }
 

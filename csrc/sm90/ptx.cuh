@@ -4,6 +4,7 @@
 #include <cuda.h>
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
+#include <cuda_fp8.h>
 
 #include <cstdint>
 #include <type_traits>
@@ -18,6 +19,15 @@ __device__ __forceinline__ void store_shared(uint32_t address, uint4 value) {
   asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(value.x), "r"(value.y), "r"(value.z),
                "r"(value.w)
                : "memory");
+}
+
+__device__ __forceinline__ uint4 load_shared(uint32_t address) {
+  uint4 value;
+  asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(value.x), "=r"(value.y), "=r"(value.z), "=r"(value.w)
+               : "r"(address)
+               : "memory");
+  return value;
 }
 
 // Loads that are asked for in this order, whatever is needed first.
@@ -193,6 +203,13 @@ __device__ __forceinline__ int thread_index() {
   return index;
 }
 
+// 0, of which the compiler does not know it until registers are assigned: what is made of it is made anew in every round of a loop.
+__device__ __forceinline__ uint32_t opaque_zero() {
+  uint32_t zero;
+  asm volatile("mov.u32 %0, 0;" : "=r"(zero));
+  return zero;
+}
+
 template <int kThreads>
 __device__ __forceinline__ void named_barrier_sync(int id) {
   asm volatile("bar.sync %0, %1;" ::"r"(id), "n"(kThreads) : "memory");
@@ -240,6 +257,30 @@ __device__ __forceinline__ void stmatrix_x4_trans(uint32_t address, uint32_t a, 
 // The same with two, whose 16 rows the first 16 lanes point at.
 __device__ __forceinline__ void stmatrix_x2_trans(uint32_t address, uint32_t a, uint32_t b) {
   asm volatile("stmatrix.sync.aligned.m8n8.x2.trans.shared.b16 [%0], {%1, %2};" ::"r"(address), "r"(a), "r"(b) : "memory");
+}
+
+// Loads four 8 x 8 matrices of 16-bit elements, whose 32 rows the lanes point at: each lane gets two neighbours of a row of each.
+__device__ __forceinline__ void ldmatrix_x4(uint32_t (&to)[4], uint32_t address) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3])
+               : "r"(address)
+               : "memory");
+}
+
+// The same, each transposed.
+__device__ __forceinline__ void ldmatrix_x4_trans(uint32_t (&to)[4], uint32_t address) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3])
+               : "r"(address)
+               : "memory");
+}
+
+// Four float8 numbers (e4m3) as float16: the lower two and the upper two.
+__device__ __forceinline__ void half_of_fp8(uint32_t four, uint32_t& low, uint32_t& high) {
+  asm volatile("{\n.reg .b16 two, others;\nmov.b32 {two, others}, %2;\n"
+               "cvt.rn.f16x2.e4m3x2 %0, two;\ncvt.rn.f16x2.e4m3x2 %1, others;\n}\n"
+               : "=r"(low), "=r"(high)
+               : "r"(four));
 }
 
 // Of an 8 x 8 matrix of 16-bit elements, of which each lane holds two neighbours in a row, the transposed one.
@@ -359,6 +400,27 @@ struct Matrix {
                : MLA_C16(0), MLA_C16(16)                                                           \
                : "l"(a), "l"(b), "r"(add), "n"(kTransposedA))
 
+#define MLA_WGMMA_RS_N8(type)                                                                      \
+  asm volatile("{\n.reg .pred add;\nsetp.ne.b32 add, %9, 0;\n"                                     \
+               "wgmma.mma_async.sync.aligned.m64n8k16.f32." type "." type " {%0, %1, %2, %3}"      \
+               ", {%4, %5, %6, %7}, %8, add, 1, 1, 0;\n}\n"                                        \
+               : MLA_C4(0)                                                                         \
+               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(add))
+
+#define MLA_WGMMA_RS_N16(type)                                                                     \
+  asm volatile("{\n.reg .pred add;\nsetp.ne.b32 add, %13, 0;\n"                                    \
+               "wgmma.mma_async.sync.aligned.m64n16k16.f32." type "." type " " MLA_R8              \
+               ", {%8, %9, %10, %11}, %12, add, 1, 1, 0;\n}\n"                                     \
+               : MLA_C4(0), MLA_C4(4)                                                              \
+               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(add))
+
+#define MLA_WGMMA_RS_N32(type)                                                                     \
+  asm volatile("{\n.reg .pred add;\nsetp.ne.b32 add, %21, 0;\n"                                    \
+               "wgmma.mma_async.sync.aligned.m64n32k16.f32." type "." type " " MLA_R16             \
+               ", {%16, %17, %18, %19}, %20, add, 1, 1, 0;\n}\n"                                   \
+               : MLA_C16(0)                                                                        \
+               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(add))
+
 #define MLA_WGMMA_RS_N64(type)                                                                     \
   asm volatile("{\n.reg .pred add;\nsetp.ne.b32 add, %37, 0;\n"                                    \
                "wgmma.mma_async.sync.aligned.m64n64k16.f32." type "." type " " MLA_R32             \
@@ -403,6 +465,21 @@ __device__ __forceinline__ void wgmma(float (&c)[32], uint64_t a, uint64_t b, in
 
 // The same with a in registers.
 template <typename Element>
+__device__ __forceinline__ void wgmma(float (&c)[4], const uint32_t* a, uint64_t b, int add) {
+  MLA_OF_ELEMENT(MLA_WGMMA_RS_N8)
+}
+
+template <typename Element>
+__device__ __forceinline__ void wgmma(float (&c)[8], const uint32_t* a, uint64_t b, int add) {
+  MLA_OF_ELEMENT(MLA_WGMMA_RS_N16)
+}
+
+template <typename Element>
+__device__ __forceinline__ void wgmma(float (&c)[16], const uint32_t* a, uint64_t b, int add) {
+  MLA_OF_ELEMENT(MLA_WGMMA_RS_N32)
+}
+
+template <typename Element>
 __device__ __forceinline__ void wgmma(float (&c)[32], const uint32_t* a, uint64_t b, int add) {
   MLA_OF_ELEMENT(MLA_WGMMA_RS_N64)
 }
@@ -417,6 +494,9 @@ __device__ __forceinline__ void wgmma_transposed_b(float (&c)[128], const uint32
 #undef MLA_WGMMA_N256
 #undef MLA_WGMMA_N64
 #undef MLA_WGMMA_RS_N64
+#undef MLA_WGMMA_RS_N32
+#undef MLA_WGMMA_RS_N16
+#undef MLA_WGMMA_RS_N8
 #undef MLA_WGMMA_N32
 #undef MLA_WGMMA_N16
 #undef MLA_R8

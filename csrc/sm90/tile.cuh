@@ -13,9 +13,9 @@ constexpr int kGroupBarrier = 1;  // and the next one: named barriers of one mat
 constexpr int kQueriesBarrier = 3;  // of the warps that bring something
 constexpr float kLog2E = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
 
-// 64 columns of a tile: 64 rows of 128 bytes.
-template <typename Element>
-using ColumnBlock = Element[kTileTokens][64];
+// Columns of a tile, 64 of two bytes or 128 of one: 64 rows of 128 bytes.
+template <typename Cached>
+using ColumnBlock = Cached[kTileTokens][128 / sizeof(Cached)];
 
 // Byte offset of 16-byte chunk `chunk` of row `row` in rows of 128 bytes with the copy engine's 128-byte swizzle.
 __device__ __forceinline__ uint32_t swizzled_128(int row, int chunk) { return row * 128 + ((chunk ^ (row & 7)) << 4); }
@@ -145,6 +145,12 @@ __device__ __forceinline__ const Element* query_rope(const DecodeParams& params,
   return static_cast<const Element*>(params.q_pe) + piece.first_token * params.q_pe_token_stride;
 }
 
+// The head that a block of query rows begins with, where blocks are parts of a token.
+__device__ __forceinline__ int first_head(const DecodeParams& params) {
+  const int first_row = blockIdx.y * params.block_rows;
+  return first_row - query_of_row(params, first_row) * params.heads;
+}
+
 // Bring kChunks x 8 columns of a block of query rows, [tokens, heads, columns] from `from` on, to where place(row, chunk)
 // says, without the copy engine, which cannot read rows that begin anywhere. Called by a warp.
 template <int kChunks, typename Element, typename Place>
@@ -230,8 +236,8 @@ __device__ void bring_queries(const DecodeParams& params, Pieces& pieces, Pipeli
 
 // What lies in a tile past the request's last token would meet probability 0, and 0 x NaN is NaN: make it zeros.
 // Token t lies in row t ^ `swapped`. Called by a warpgroup, which meets at its named barrier.
-template <int kBlocks, typename Element>
-__device__ void clear_rows_from(int token, ColumnBlock<Element> (&tile)[kBlocks], int barrier, int swapped = 0) {
+template <int kBlocks, typename Cached>
+__device__ void clear_rows_from(int token, ColumnBlock<Cached> (&tile)[kBlocks], int barrier, int swapped = 0) {
   constexpr int kChunks = 8 * kBlocks;  // of 16 bytes, in a row
 #pragma unroll 1
   for (int i = token * kChunks + threadIdx.x % 128; i < kTileTokens * kChunks; i += 128) {

@@ -24,6 +24,17 @@ STEPS: list[dict[str, Any]] = [
     {"heads": 16, "seq_lens": [70] * 140, "query_lens": [1] * 140, "batch_invariant": True},
     {"heads": 40, "seq_lens": [70, 300] * 40, "query_lens": [1] * 80},  # many short requests
     {"heads": 64, "seq_lens": [512] + [0] * 70, "query_lens": [1] * 71},
+    # Over a quantised cache.
+    {"heads": 16, "quantized": True},
+    {"heads": 16, "seq_lens": [9000], "query_lens": [1], "quantized": True},
+    {"heads": 20, "page_size": 32, "query_padding": 1, "quantized": True},
+    {"heads": 40, "query_lens": [1, 2, 0, 3], "padding_rows": 2, "dtype": torch.float16, "quantized": True},
+    {"heads": 128, "page_size": 16, "quantized": True},
+    {"heads": 81, "seq_lens": [2500], "query_lens": [3], "causal": False, "quantized": True},
+    *(
+        {"heads": heads, "seq_lens": [300, 700] * 70, "query_lens": [1] * 140, "quantized": True}
+        for heads in (16, 32, 64)
+    ),
     # Split, and completed by the workers with the first parts.
     *({"heads": heads, "seq_lens": [300, 700] * 70, "query_lens": [1] * 140} for heads in (16, 32, 64, 128)),
     # Combined by all, by one worker with parts of two requests.

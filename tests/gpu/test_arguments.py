@@ -147,11 +147,9 @@ def test_a_query_on_another_device_is_named() -> None:
         mla_decode(**{**arguments, "q_nope": arguments["q_nope"].cpu()})
 
 
-def test_dtypes_that_only_the_reference_takes_are_named() -> None:
+def test_a_dtype_that_only_the_reference_takes_is_named() -> None:
     with pytest.raises(TypeError, match=r"q_nope is torch\.float32, wanted bfloat16 or float16 on a GPU"):
         mla_decode(**inputs(dtype=torch.float32))
-    with pytest.raises(TypeError, match=r"kv_cache is torch\.float8_e4m3fn, wanted torch\.bfloat16, .* on a GPU"):
-        mla_decode(**inputs(cache_dtype=torch.float8_e4m3fn))
 
 
 def test_too_many_tokens_are_named() -> None:
@@ -203,6 +201,7 @@ def operator_arguments() -> dict[str, Any]:
         "softmax_scale": arguments["softmax_scale"],
         "causal": True,
         "batch_invariant": False,
+        "quantized": False,
         "kv_scale": None,
         "out": arguments["out"],
         "lse": torch.empty(3, 16, device="cuda"),
@@ -232,6 +231,7 @@ WRONG_TO_THE_OPERATOR: list[tuple[str, Callable[[Any], Any], str]] = [
     ("arrivals", lambda t: t[:2], "has 2 counters, wanted "),
     ("softmax_scale", lambda _: -1.0, "is -1, wanted a positive number"),
     ("kv_scale", lambda _: torch.ones(1, device="cuda"), "is given, wanted none"),
+    ("quantized", lambda _: True, "kv_cache is BFloat16, wanted Float8_e4m3fn"),
     ("out", lambda t: t.half(), "is Half, wanted BFloat16"),
     ("lse", lambda t: t[:2], "has shape [2, 16], wanted [3, 16]"),
 ]
@@ -244,9 +244,39 @@ def test_the_operator_itself_names_a_wrong_argument(name: str, change: Any, mess
     arguments = operator_arguments()
     torch.ops.mla_backend.mla_decode(**arguments)
     arguments[name] = change(arguments[name])
-    named = "" if name == "planned_heads" else f"{name} .*"
+    named = "" if name in ("planned_heads", "quantized") else f"{name} .*"
     with pytest.raises(RuntimeError, match=f"mla_decode: {named}{re.escape(message)}"):
         torch.ops.mla_backend.mla_decode(**arguments)
+
+
+def quantized_inputs() -> dict[str, Any]:
+    return inputs(cache_dtype=torch.float8_e4m3fn)
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "error", "message"),
+    [
+        ("kv_scale", lambda _: None, TypeError, "kv_cache is torch.float8_e4m3fn and kv_scale is missing"),
+        ("kv_scale", lambda t: t.cpu(), ValueError, "kv_scale is on cpu, but q_nope is on cuda:0"),
+        ("kv_scale", lambda t: t.double(), TypeError, "kv_scale is torch.float64, wanted torch.float32"),
+        ("kv_scale", lambda t: t.repeat(2), ValueError, "kv_scale has shape [2], wanted [1]"),
+        (
+            "schedule",
+            lambda s: replace(s, quantized=False),
+            TypeError,
+            "schedule was made for no quantised cache, but kv",
+        ),
+        ("kv_cache", pages_apart(8), ValueError, "every row must start at a multiple of 16 bytes"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_a_wrong_argument_beside_a_quantised_cache(
+    name: str, change: Any, error: type[Exception], message: str
+) -> None:
+    arguments = quantized_inputs()
+    mla_decode(**arguments)
+    with pytest.raises(error, match=re.escape(message)):
+        mla_decode(**{**arguments, name: change(arguments[name])})
 
 
 def test_too_little_room_for_partial_results() -> None:
@@ -271,6 +301,12 @@ def test_the_plan_names_wrong_numbers(heads: int, queries: int, longest: int, me
     lengths = torch.ones(2, dtype=torch.int32, device="cuda")
     with pytest.raises(RuntimeError, match=message):
         DecodeSchedule.plan(lengths, heads=heads, max_query_len=queries, max_seq_len=longest)
+
+
+def test_the_plan_names_too_many_blocks_of_rows() -> None:
+    lengths = torch.ones(2, dtype=torch.int32, device="cuda")
+    with pytest.raises(RuntimeError, match="max_query_len is 40000 with 128 heads, wanted at most 32767 over a quan"):
+        DecodeSchedule.plan(lengths, heads=128, max_query_len=40000, max_seq_len=1, quantized=True)
 
 
 def test_the_plan_names_wrong_lengths() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
@@ -41,14 +41,14 @@ class Step:
     token_padding: int = 0
     query_padding: int = 0
     batch_invariant: bool = False
+    quantized: bool = False
     seed: int = 0
 
     def arguments(self) -> dict[str, Any]:
         generator = torch.Generator("cuda").manual_seed(self.seed)
 
         def normal(*shape: int) -> torch.Tensor:
-            values = torch.randn(*shape, device="cuda", generator=generator, dtype=torch.float32)
-            return (values * self.deviation).to(self.dtype)
+            return torch.randn(*shape, device="cuda", generator=generator, dtype=torch.float32) * self.deviation
 
         pages_of = [-(-length // self.page_size) for length in self.seq_lens]
         total = sum(pages_of) + 2
@@ -64,9 +64,12 @@ class Step:
             if length % self.page_size:
                 cache[table[request, count - 1], length % self.page_size :] = torch.nan
         cache[numbers[first:].long()] = torch.nan
+        scale = torch.tensor(self.deviation / 50, device="cuda") if self.quantized else None  # they stay below 448
+        storage = storage.to(self.dtype) if scale is None else (storage / scale).to(torch.float8_e4m3fn)
+        cache = storage[:, : self.page_size * width].unflatten(1, (self.page_size, width))[..., :576]
 
         tokens = sum(self.query_lens) + self.padding_rows
-        query = normal(tokens, self.heads, 576 + self.query_padding)
+        query = normal(tokens, self.heads, 576 + self.query_padding).to(self.dtype)
         starts = list(itertools.accumulate(self.query_lens, initial=0))
         seq_lens = torch.tensor(self.seq_lens, dtype=torch.int32, device="cuda")
         return {
@@ -78,12 +81,14 @@ class Step:
             "query_start_loc": torch.tensor(starts, dtype=torch.int32, device="cuda"),
             "softmax_scale": 192**-0.5,
             "causal": self.causal,
+            "kv_scale": scale,
             "schedule": DecodeSchedule.plan(
                 seq_lens,
                 heads=self.heads,
                 max_query_len=max(self.query_lens, default=0),
                 max_seq_len=max(self.seq_lens, default=0),
                 batch_invariant=self.batch_invariant,
+                quantized=self.quantized,
             ),
         }
 
@@ -94,7 +99,7 @@ def reference(arguments: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
     out = torch.empty(arguments["q_nope"].shape, device="cuda")
     lse = torch.empty(out.shape[:2], device="cuda")
     bounds = {"max_query_len": schedule.max_query_len, "max_seq_len": schedule.max_seq_len}
-    mla_decode_reference(**arguments, **bounds, kv_scale=None, out=out, lse=lse)
+    mla_decode_reference(**arguments, **bounds, out=out, lse=lse)
     return out, lse
 
 
@@ -132,7 +137,7 @@ def random_step(seed: int) -> Step:
     seq_lens = [
         0 if rng.random() < 0.08 else longest if rng.random() < 0.2 else rng.randint(1, longest) for _ in query_lens
     ]
-    return Step(
+    step = Step(
         seq_lens=seq_lens,
         query_lens=query_lens,
         heads=rng.choice([1, 2, 3, 7, 8, 16, 16, 20, 32, 63, 64, 65, 126, 128, rng.randint(1, 128)]),
@@ -146,6 +151,10 @@ def random_step(seed: int) -> Step:
         query_padding=rng.choice([0, 0, 8, 1]),
         seed=seed,
     )
+    if rng.random() < 0.4:
+        paddings = {"page_padding": 2 * step.page_padding, "token_padding": 2 * step.token_padding}  # to 16 bytes
+        step = replace(step, quantized=True, **paddings)
+    return step
 
 
 @pytest.mark.parametrize("part", range(10))
@@ -154,16 +163,20 @@ def test_random_steps(part: int) -> None:
         check(random_step(seed))
 
 
+both_caches = pytest.mark.parametrize("quantized", [False, True], ids=["", "quantized"])
+
+
+@both_caches
 @pytest.mark.parametrize("length", [20, 140, 4096])
 @pytest.mark.parametrize("queries", [1, 2, 4])
 @pytest.mark.parametrize("requests", [1, 2, 6, 64])
-def test_grid(requests: int, queries: int, length: int) -> None:
+def test_grid(requests: int, queries: int, length: int, quantized: bool) -> None:
     rng = random.Random(requests * queries * length)
     mixed = [0 if rng.random() < 0.1 else rng.randint(1, length) for _ in range(requests)]
     for heads, lengths, causal in itertools.product(
         (1, 3, 9, 63, 64, 126, 128), ([length] * requests, mixed), (True, False)
     ):
-        check(Step(lengths, [queries] * requests, heads, causal=causal, seed=heads))
+        check(Step(lengths, [queries] * requests, heads, causal=causal, quantized=quantized, seed=heads))
 
 
 @pytest.mark.parametrize("deviation", [0.1, 5.0])
@@ -175,8 +188,9 @@ def test_many_short_requests(heads: int, queries: int, deviation: float) -> None
         check(Step([512] + [0] * 70, [queries] * 71, heads, deviation=deviation, query_padding=query_padding))  # split
 
 
-def test_results_are_the_same_from_run_to_run() -> None:
-    arguments = Step([3000, 10, 777, 0, 5000], [2, 1, 3, 1, 1], 48, deviation=1.0).arguments()
+@both_caches
+def test_results_are_the_same_from_run_to_run(quantized: bool) -> None:
+    arguments = Step([3000, 10, 777, 0, 5000], [2, 1, 3, 1, 1], 48, deviation=1.0, quantized=quantized).arguments()
     first = mla_decode(**arguments, return_lse=True)
     for _ in range(10):
         again = mla_decode(**arguments, return_lse=True)
@@ -184,13 +198,13 @@ def test_results_are_the_same_from_run_to_run() -> None:
         assert first[1].equal(again[1])
 
 
-def uneven(seed: int, heads: int, queries: int) -> dict[str, Any]:
+def uneven(seed: int, heads: int, queries: int, quantized: bool = False) -> dict[str, Any]:
     """A step whose requests, most of two or three parts, are completed by the workers with the first ones."""
     rng = random.Random(seed)
     lengths = [rng.randint(1, 3000) for _ in range(150)]
-    arguments = Step(lengths, [queries] * 150, heads, deviation=1.0, seed=seed).arguments()
+    arguments = Step(lengths, [queries] * 150, heads, deviation=1.0, quantized=quantized, seed=seed).arguments()
     schedule = arguments["schedule"]
-    assert schedule.shares[0, 7] >> 1 & 1 == 1
+    assert schedule.shares[0, 7] >> 1 & 1 == 1 or (quantized and heads * queries > 32)
     assert schedule.splits[-1] > 0
     return arguments
 
@@ -209,9 +223,11 @@ def check_again_and_again(arguments: dict[str, Any]) -> None:
         assert not buffers.arrivals.any()
 
 
+@both_caches
 @pytest.mark.parametrize(("heads", "queries"), [(8, 1), (16, 1), (16, 2), (40, 1), (16, 4), (128, 1), (128, 3)])
-def test_uneven_requests_are_completed_by_their_first_workers(heads: int, queries: int) -> None:
-    check_again_and_again(uneven(heads, heads, queries))
+def test_uneven_requests_are_completed_by_their_first_workers(heads: int, queries: int, quantized: bool) -> None:
+    """Except with more than 32 rows over a quantised cache."""
+    check_again_and_again(uneven(heads, heads, queries, quantized))
 
 
 HELPED = ([1500] * 3, [700] * 2)  # by workers that have no tiles
@@ -222,24 +238,26 @@ for_many_parts = pytest.mark.parametrize(
 )
 
 
+@both_caches
 @for_many_parts
 @pytest.mark.parametrize(("heads", "queries"), [(8, 1), (16, 1), (16, 2), (64, 1), (128, 1)])
-def test_parts_of_many_workers(heads: int, queries: int, seq_lens: list[int]) -> None:
+def test_parts_of_many_workers(heads: int, queries: int, seq_lens: list[int], quantized: bool) -> None:
     """All workers of a request combine what they have found."""
-    arguments = Step(seq_lens, [queries] * len(seq_lens), heads, deviation=1.0).arguments()
+    arguments = Step(seq_lens, [queries] * len(seq_lens), heads, deviation=1.0, quantized=quantized).arguments()
     shares = arguments["schedule"].shares
     parts_of_first, parts_of_last, helpers = shares[:, 5] >> 16, shares[:, 6] & 0xFFFF, shares[:, 6] >> 16
-    assert seq_lens not in HELPED or helpers.any()
+    assert seq_lens not in HELPED or helpers.any() or (quantized and heads > 64)  # half as many workers
     assert seq_lens != TWO_OF_A_WORKER or ((parts_of_first > 0) & (parts_of_last > 0)).any()
     assert not (shares[:, 7] >> 1 & 1).any()
     check_again_and_again(arguments)
 
 
 @pytest.mark.parametrize("seq_lens", [[150], [4096] * 8, [4641, 45118, 1730, 1696], [8192] * 64], ids=str)
+@both_caches
 @pytest.mark.parametrize("heads", [16, 32, 64, 128])
-def test_a_call_is_one_launch(heads: int, seq_lens: list[int]) -> None:
+def test_a_call_is_one_launch(heads: int, seq_lens: list[int], quantized: bool) -> None:
     """Of a CUDA graph, whose capture allows nobody to wait for the GPU."""
-    arguments = Step(seq_lens, [1] * len(seq_lens), heads).arguments()
+    arguments = Step(seq_lens, [1] * len(seq_lens), heads, quantized=quantized).arguments()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         mla_decode(**arguments, return_lse=True)
@@ -267,11 +285,12 @@ def test_parts_keep_their_precision(heads: int, seq_lens: list[int], magnitude: 
     assert (error.norm(dim=(0, 1)) < 0.01 * (expected / factors).norm(dim=(0, 1))).all()
 
 
+@both_caches
 @for_many_parts
 @pytest.mark.parametrize("heads", [16, 64, 128])
-def test_workers_that_start_late(heads: int, seq_lens: list[int]) -> None:
+def test_workers_that_start_late(heads: int, seq_lens: list[int], quantized: bool) -> None:
     """Other kernels hold the multiprocessors, so workers are done before those with the first parts have started."""
-    arguments = Step(seq_lens, [1] * len(seq_lens), heads, deviation=1.0).arguments()
+    arguments = Step(seq_lens, [1] * len(seq_lens), heads, deviation=1.0, quantized=quantized).arguments()
     expected = mla_decode(**arguments)
     square = torch.randn(4096, 4096, device="cuda", dtype=torch.bfloat16)
     other = torch.cuda.Stream()
@@ -286,6 +305,7 @@ def test_workers_that_start_late(heads: int, seq_lens: list[int]) -> None:
 def test_steps_at_the_same_time_wait_for_nobody_for_ever() -> None:
     """None fits beside another, and in all of them workers wait for workers."""
     steps = [uneven(seed, heads, 1) for seed, heads in enumerate((16, 128, 16, 128))]
+    steps += [uneven(seed, heads, 1, quantized=True) for seed, heads in enumerate((16, 32, 64, 128))]
     equal = [(16, 2, 30000), (16, 33, 2000), *((heads, 3, 1500) for heads in (16, 64, 128))]
     steps += [Step([length] * requests, [1] * requests, heads).arguments() for heads, requests, length in equal]
     streams = [torch.cuda.Stream() for _ in steps]
@@ -301,28 +321,35 @@ def test_steps_at_the_same_time_wait_for_nobody_for_ever() -> None:
         assert out.equal(wanted)
 
 
+@both_caches
 @pytest.mark.parametrize("heads", [8, 20, 48, 64, 128])
 @pytest.mark.parametrize("batch_invariant", [False, True])
-def test_what_lies_past_a_request_changes_no_bit(heads: int, batch_invariant: bool) -> None:
+def test_what_lies_past_a_request_changes_no_bit(heads: int, batch_invariant: bool, quantized: bool) -> None:
     """Not even the last one: a difference of rounding would be one between batches."""
     lengths, queries = [3001, 10, 777, 0, 4999], [2, 1, 3, 1, 1]
-    step = Step(lengths, queries, heads, deviation=1.0, batch_invariant=batch_invariant).arguments()
+    step = Step(
+        lengths, queries, heads, deviation=1.0, batch_invariant=batch_invariant, quantized=quantized
+    ).arguments()
     first = mla_decode(**step, return_lse=True)
     cache = step["kv_cache"]
-    beyond = cache.isnan()
-    for value in (-300.0, 0.7, 3e4):
-        cache[beyond] = value
+    beyond = cache.float().isnan()
+    for value in (-300.0, 0.7, 448.0):
+        number = torch.tensor(value, dtype=cache.dtype, device="cuda")
+        bits = torch.uint8 if quantized else torch.int16  # float8 numbers are not indexed by a mask
+        cache.view(bits)[beyond] = number.view(bits)
         again = mla_decode(**step, return_lse=True)
         assert first[0].equal(again[0])
         assert first[1].equal(again[1])
 
 
+@both_caches
 @pytest.mark.parametrize("heads", [8, 16, 20, 128])
-def test_batch_invariant_results_do_not_depend_on_the_batch(heads: int) -> None:
+def test_batch_invariant_results_do_not_depend_on_the_batch(heads: int, quantized: bool) -> None:
     def attend(step: dict[str, Any], requests: slice, longest: int) -> tuple[torch.Tensor, torch.Tensor]:
         lengths, starts = step["seq_lens"][requests], step["query_start_loc"]
         rows = slice(int(starts[:-1][requests][0]), int(starts[1:][requests][-1]))
-        plan = DecodeSchedule.plan(lengths, heads=heads, max_query_len=longest, max_seq_len=5000, batch_invariant=True)
+        bounds = {"heads": heads, "max_query_len": longest, "max_seq_len": 5000}
+        plan = DecodeSchedule.plan(lengths, **bounds, batch_invariant=True, quantized=quantized)
         mine = {
             "q_nope": step["q_nope"][rows],
             "q_pe": step["q_pe"][rows],
@@ -334,7 +361,7 @@ def test_batch_invariant_results_do_not_depend_on_the_batch(heads: int) -> None:
         return mla_decode(**{**step, **mine}, return_lse=True)
 
     lengths = [3000, 10, 777, 0, 5000, 64]
-    step = Step(lengths, [2, 1, 3, 1, 1, 4], heads, deviation=1.0).arguments()
+    step = Step(lengths, [2, 1, 3, 1, 1, 4], heads, deviation=1.0, quantized=quantized).arguments()
     together = attend(step, slice(0, 6), 4)
     expected, _ = reference(step)
     assert (together[0].float() - expected).norm() < 0.01 * expected.norm()
@@ -343,6 +370,18 @@ def test_batch_invariant_results_do_not_depend_on_the_batch(heads: int) -> None:
         alone = attend(step, slice(request, request + 1), rows.stop - rows.start)
         assert alone[0].equal(together[0][rows])
         assert alone[1].equal(together[1][rows])
+
+
+@pytest.mark.parametrize("exponent", [-100, -40, 40, 100])
+@pytest.mark.parametrize("heads", [16, 32, 128])
+def test_queries_of_any_size_over_a_quantised_cache(heads: int, exponent: int) -> None:
+    """They become float16 numbers on the way, whose range is smaller."""
+    step = Step([3001, 10, 777], [1, 2, 1], heads, deviation=1.0, quantized=True).arguments()
+    expected = mla_decode(**step, return_lse=True)
+    scaled = {name: step[name] * 2.0**exponent for name in ("q_nope", "q_pe")}
+    out, lse = mla_decode(**{**step, **scaled, "softmax_scale": step["softmax_scale"] / 2.0**exponent}, return_lse=True)
+    assert out.equal(expected[0])
+    assert lse.equal(expected[1])
 
 
 def test_batch_invariant_with_more_requests_than_multiprocessors() -> None:
@@ -361,10 +400,11 @@ def test_a_cache_of_more_than_four_gigabytes() -> None:
     torch.testing.assert_close(out.float(), expected, rtol=1 / 64, atol=8e-4)
 
 
+@both_caches
 @pytest.mark.parametrize("heads", [16, 128])
-def test_large_pages(heads: int) -> None:
+def test_large_pages(heads: int, quantized: bool) -> None:
     """Of 330 boxes or 660, so that finding a box's page is a division by no power of two, up to the last box."""
-    check(Step([70_000, 21_120, 21_121], [1, 2, 1], heads, page_size=330 * 64))
+    check(Step([70_000, 21_120, 21_121], [1, 2, 1], heads, page_size=330 * 64, quantized=quantized))
 
 
 @pytest.mark.parametrize("heads", [16, 64, 128])
@@ -381,9 +421,10 @@ def test_rows_before_the_first_request_are_cleared() -> None:
     assert (lse[[0, 1, 5, 6]] == -torch.inf).all()
 
 
+@both_caches
 @pytest.mark.parametrize(("heads", "queries"), [(128, 100), (16, 700)])
-def test_more_query_rows_than_there_is_room_for_in_partial_results(heads: int, queries: int) -> None:
-    check(Step([queries + 50, 3], [queries, 1], heads))
+def test_more_query_rows_than_there_is_room_for_in_partial_results(heads: int, queries: int, quantized: bool) -> None:
+    check(Step([queries + 50, 3], [queries, 1], heads, quantized=quantized))
 
 
 @pytest.mark.parametrize(("queries", "heads"), [(5, 43), (4, 65), (16, 40)])

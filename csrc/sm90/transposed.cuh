@@ -1,0 +1,103 @@
+// What the kernels share that have cached tokens on the 64-row side of wgmma: accumulators of tokens x query rows, and of output
+// columns x query rows, of which each of two warpgroups has half of the columns.
+#pragma once
+
+#include "combine.cuh"
+
+namespace mla_backend::sm90 {
+
+constexpr int kColumnBlocks = kHeadDim / 64;
+constexpr int kGroupBlocks = kLatentDim / 64 / 2;  // blocks of 64 output columns of a warpgroup
+constexpr int kMathBarrier = kQueriesBarrier + 1;  // named barrier of both warpgroups
+
+// Which tokens or output columns and which query rows of an accumulator are a thread's.
+struct Place {
+  int warp, lane;
+
+  // `thread` is threadIdx.x.
+  __device__ __forceinline__ explicit Place(uint32_t thread) : warp(thread / 32 % 4), lane(thread % 32) {}
+
+  __device__ __forceinline__ int row() const { return warp * 16 + lane / 4; }  // and the one 8 further on
+  __device__ __forceinline__ int column(int c) const { return c / 2 * 8 + lane % 4 * 2 + c % 2; }  // number `c` of them
+};
+
+// Over the eight lanes that hold a column of an accumulator.
+__device__ __forceinline__ float column_max(float x) {
+#pragma unroll
+  for (int offset = 4; offset < 32; offset *= 2) x = fmaxf(x, __shfl_xor_sync(~0u, x, offset));
+  return x;
+}
+
+__device__ __forceinline__ float column_sum(float x) {
+#pragma unroll
+  for (int offset = 4; offset < 32; offset *= 2) x += __shfl_xor_sync(~0u, x, offset);
+  return x;
+}
+
+// Write a partial result, or part of it: the rows from `first_row` on and half number `half` of the columns.
+template <typename Element, int kCount>
+__device__ __forceinline__ void store_part(const Rows<Element>& results, const float (&out)[kGroupBlocks][kCount], int half,
+                                           const Place& at, int first_row) {
+#pragma unroll
+  for (int c = 0; c < kCount / 2; ++c) {
+    const int row = first_row + at.column(c);
+    if (row >= results.last_row) continue;
+    float2* to = reinterpret_cast<float2*>(results.partial_out(row) + half * kGroupBlocks * 64 + at.warp * 16) + at.lane / 4;
+#pragma unroll
+    for (int b = 0; b < kGroupBlocks; ++b) {
+      const float* two = &out[b][c / 2 * 4 + c % 2];
+      to[b * 32] = make_float2(two[0], two[2]);
+    }
+  }
+}
+
+// Write rows of the output, from `first_row` on, and half number `half` of the columns.
+template <typename Element, int kCount>
+__device__ __forceinline__ void store_pairs(const Rows<Element>& results, const float (&out)[kGroupBlocks][kCount], int half,
+                                            const Place& at, int first_row) {
+#pragma unroll
+  for (int c = 0; c < kCount / 2; ++c) {
+    const int row = first_row + at.column(c);
+    if (row >= results.last_row) continue;
+    Element* to = results.out(row) + half * kGroupBlocks * 64 + at.warp * 16 + at.lane / 4 * 2;
+#pragma unroll
+    for (int b = 0; b < kGroupBlocks; ++b) {
+      const float* two = &out[b][c / 2 * 4 + c % 2];
+      store_two(results.params, to + b * 64, two[0], two[2]);
+    }
+  }
+}
+
+// Add what other workers have found for the rows of a request that this one completes.
+template <typename Element, int kCount>
+__device__ __forceinline__ void add_parts(const Rows<Element>& results, float (&out)[kGroupBlocks][kCount],
+                                          float (&log2_sums)[kCount / 2], int half, const Place& at) {
+  constexpr int kColumns = kCount / 2;  // that a thread holds parts of
+#pragma unroll 1
+  for (int part = 1; part < results.parts; ++part) {
+    float other[kColumns];
+    float2 two[kColumns][kGroupBlocks] = {};
+#pragma unroll
+    for (int c = 0; c < kColumns; ++c) {
+      const int row = results.first_row + at.column(c);
+      const bool exists = row < results.last_row;
+      const float* from = results.partial_out(row, part) + half * kGroupBlocks * 64 + at.warp * 16 + at.lane / 4 * 2;
+      other[c] = -INFINITY;
+      ptx::load_if(exists, other[c], results.params.partial_lse + results.partial_row_of(row, part));
+#pragma unroll
+      for (int b = 0; b < kGroupBlocks; ++b) ptx::load_if(exists, two[c][b], reinterpret_cast<const float2*>(from + b * 64));
+    }
+#pragma unroll
+    for (int c = 0; c < kColumns; ++c) {
+      const Weights weights(log2_sums[c], other[c]);
+#pragma unroll
+      for (int b = 0; b < kGroupBlocks; ++b) {
+        float* own = &out[b][c / 2 * 4 + c % 2];
+        own[0] = own[0] * weights.own + two[c][b].x * weights.other;
+        own[2] = own[2] * weights.own + two[c][b].y * weights.other;
+      }
+    }
+  }
+}
+
+}  // namespace mla_backend::sm90

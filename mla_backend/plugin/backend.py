@@ -24,7 +24,7 @@ class HopperMLABackend(MLACommonBackend):
     """Decode over the latent cache with `mla_decode`; prefill is vLLM's own."""
 
     supported_dtypes: ClassVar[list[torch.dtype]] = [torch.bfloat16, torch.float16]
-    supported_kv_cache_dtypes: ClassVar[list[CacheDType]] = ["auto", "bfloat16", "float16"]
+    supported_kv_cache_dtypes: ClassVar[list[CacheDType]] = ["auto", "bfloat16", "float16", "fp8", "fp8_e4m3"]
 
     @staticmethod
     def get_name() -> str:
@@ -56,6 +56,12 @@ class HopperMLABackend(MLACommonBackend):
     def supports_dtype(cls, dtype: torch.dtype) -> bool:
         # fp32 only where vLLM's prefill takes it too.
         return dtype in cls.supported_dtypes or (dtype == torch.float32 and current_platform.is_cpu())
+
+    @classmethod
+    def supports_kv_cache_dtype(cls, kv_cache_dtype: CacheDType | None) -> bool:
+        # On the CPU vLLM's prefill takes no float8 cache.
+        quantized = kv_cache_dtype is not None and kv_cache_dtype.startswith("fp8")
+        return super().supports_kv_cache_dtype(kv_cache_dtype) and not (quantized and current_platform.is_cpu())
 
     @classmethod
     def supports_compute_capability(cls, capability: DeviceCapability | None) -> bool:
@@ -97,10 +103,11 @@ class HopperMLABackend(MLACommonBackend):
     def describe_support(cls) -> str:
         """Say in words what the backend serves on this platform."""
         dtypes = [dtype for dtype in (*cls.supported_dtypes, torch.float32) if cls.supports_dtype(dtype)]
+        caches = filter(cls.supports_kv_cache_dtype, cls.supported_kv_cache_dtypes)
         return (
             f"dense MLA decoders with head_size {HEAD_DIM} ({KV_LORA_RANK} latent + {QK_ROPE_HEAD_DIM} rotary), dtype "
             f"{', '.join(str(dtype).removeprefix('torch.') for dtype in dtypes)}, kv_cache_dtype "
-            f"{', '.join(cls.supported_kv_cache_dtypes)}, block_size a multiple of 16, a Hopper GPU (compute "
+            f"{', '.join(caches)}, block_size a multiple of 16, a Hopper GPU (compute "
             f"capability {HOPPER.major}.{HOPPER.minor}) or the CPU"
         )
 

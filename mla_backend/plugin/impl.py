@@ -99,7 +99,10 @@ class HopperMLAImpl(MLACommonImpl[HopperMLAMetadata]):
         decode = attn_metadata.decode
         assert decode is not None
         q_nope, q_pe = q if isinstance(q, tuple) else q.split((KV_LORA_RANK, QK_ROPE_HEAD_DIM), dim=-1)
-        arguments = (q_nope, q_pe, kv_c_and_k_pe_cache, *decode.requests)
+        tensors = (q_nope, q_pe, kv_c_and_k_pe_cache, *decode.requests)
+        options: dict[str, Any] = {"softmax_scale": self.scale, "schedule": decode.schedule}
+        if decode.schedule.quantized:
+            options["kv_scale"] = layer._k_scale
         if self.need_to_return_lse_for_decode:
-            return mla_decode(*arguments, softmax_scale=self.scale, schedule=decode.schedule, return_lse=True)
-        return mla_decode(*arguments, softmax_scale=self.scale, schedule=decode.schedule), None
+            return mla_decode(*tensors, **options, return_lse=True)
+        return mla_decode(*tensors, **options), None

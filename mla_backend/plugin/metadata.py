@@ -73,6 +73,7 @@ class HopperMLAMetadataBuilder(MLACommonMetadataBuilder[HopperMLAMetadata]):
             division = (self.dcp_world_size, rank, parallel.cp_kv_cache_interleave_size)
             self._tokens = TokensAsRequests(max_requests, *division, device)
         self._schedule_buffers = ScheduleBuffers.allocate(max_requests, device)
+        self._quantized = kv_cache_spec.dtype.itemsize == 1
         self._heads = self.num_heads * self.dcp_world_size  # vLLM brings those of all ranks together
         # The kernel is chosen by a bound on lengths, and what was captured with one is replayed with other lengths.
         rounds = -(-vllm_config.model_config.max_model_len // self.dcp_virtual_block_size)
@@ -107,6 +108,7 @@ class HopperMLAMetadataBuilder(MLACommonMetadataBuilder[HopperMLAMetadata]):
                 max_query_len=max_query_len,
                 max_seq_len=self._max_seq_len or max_seq_len,
                 batch_invariant=envs.VLLM_BATCH_INVARIANT,
+                quantized=self._quantized,
                 buffers=self._schedule_buffers,
             ),
         )

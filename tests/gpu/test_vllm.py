@@ -25,6 +25,7 @@ MIXED = 64  # requests
 
 FLASHMLA = {"attention_config": {"backend": "FLASHMLA"}}
 EAGER = {"enforce_eager": True}
+FP8 = {"kv_cache_dtype": "fp8"}
 DECODE_WAY = {"max_num_batched_tokens": 64, "max_num_seqs": 8, "enable_prefix_caching": False}  # in prefills too
 
 
@@ -39,7 +40,7 @@ def runs() -> Iterator[dict[str, Future[Run]]]:
     short, long, mixed = tokenized(SHORT), tokenized(LONG), mixed_prompts()
     score, few = {"max_tokens": 1, "prompt_logprobs": 0}, {**GREEDY, "max_tokens": 8}
     alone = {"max_num_seqs": 1, "enable_prefix_caching": False}
-    with ThreadPoolExecutor(8) as pool:
+    with ThreadPoolExecutor(11) as pool:
 
         def start(
             prompts: list[list[int]], sampling: dict[str, Any], env: dict[str, str | None], **llm: Any
@@ -53,6 +54,9 @@ def runs() -> Iterator[dict[str, Future[Run]]]:
             "eager": start(short, GREEDY, {**OURS, **IN_ONE_PROCESS}, **EAGER),
             "scores": start(long, score, OURS, **EAGER, **DECODE_WAY),
             "scores, FLASHMLA": start(long, score, OTHERS, **EAGER, **DECODE_WAY, **FLASHMLA),
+            "fp8": start(short, GREEDY, {**OURS, **IN_ONE_PROCESS}, **GRAPHS, **FP8),
+            "fp8, scores": start(long, score, OURS, **EAGER, **DECODE_WAY, **FP8),
+            "fp8, scores, FLASHMLA": start(long, score, OTHERS, **EAGER, **DECODE_WAY, **FP8, **FLASHMLA),
             "mixed": start(mixed, few, OURS, max_num_batched_tokens=512, **GRAPHS),
             "mixed, one by one": start(mixed, few, OURS, **GRAPHS, **alone),
         }
@@ -106,6 +110,21 @@ def test_logprobs_are_as_close_as_with_flashmla(
     with capsys.disabled():
         print(f"\nmean |log-probability - transformers' in fp32|: HOPPER_MLA {ours:.5f}, FLASHMLA {theirs:.5f}")
     assert ours < 1.2 * theirs
+
+
+def test_a_quantised_cache(runs: dict[str, Future[Run]], capsys: pytest.CaptureFixture[str]) -> None:
+    """Rounding to float8 is FLASHMLA's, too, which rounds queries and probabilities besides."""
+    gaps = gaps_of(tokenized(SHORT), runs["fp8"].result().tokens)
+    ours, theirs = (
+        mean_difference(runs[name].result(), tokenized(LONG), torch.float32)
+        for name in ("fp8, scores", "fp8, scores, FLASHMLA")
+    )
+    with capsys.disabled():
+        print(f"\nfp8: of 64 tokens {(gaps == 0).sum(1).float().mean():.1f} are the likeliest in fp32, ", end="")
+        print(f"all are within {gaps.max():.3f} of it; mean |log-probability - transformers' in fp32|: ", end="")
+        print(f"HOPPER_MLA {ours:.5f}, FLASHMLA {theirs:.5f}")
+    assert gaps.max() < 2 * GAP
+    assert ours < theirs
 
 
 def test_mixed_batch_with_chunked_prefill_and_prefix_caching(runs: dict[str, Future[Run]]) -> None:

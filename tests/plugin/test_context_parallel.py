@@ -44,7 +44,7 @@ def paged(caches: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
 def builder_of(tokens: TokensAsRequests | None, max_requests: int) -> Any:
     """Return a builder of a rank, with what is its own; vLLM refuses to start engines with several ranks on the CPU."""
     builder: Any = object.__new__(HopperMLAMetadataBuilder)
-    builder._tokens, builder._heads, builder._max_seq_len = tokens, HEADS, None
+    builder._tokens, builder._heads, builder._max_seq_len, builder._quantized = tokens, HEADS, None, False
     builder._schedule_buffers = ScheduleBuffers.allocate(max_requests, CPU)
     return builder
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
@@ -24,6 +25,12 @@ def test_a_floor_is_what_bytes_or_flops_take() -> None:
     assert shape.flops == 2 * 8 * 4096 * 16 * (576 + 512)
     assert shape.floor(shape.bytes, shape.flops / 2) == 2.0
     assert shape.floor(shape.bytes / 3, shape.flops) == 3.0
+
+
+def test_a_quantised_cache_has_half_of_the_bytes() -> None:
+    shape, quantized = uniform(16, 1, 8, 4096), replace(uniform(16, 1, 8, 4096), quantized=True)
+    assert shape.bytes - quantized.bytes == 8 * 4096 * 576
+    assert shape.flops == quantized.flops
 
 
 def test_the_table_has_a_dash_where_no_peer_ran() -> None:
@@ -110,6 +117,7 @@ def test_only_rows_on_which_a_peer_is_faster_are_told(capsys: pytest.CaptureFixt
 
 
 WRONG = {"--sweep 0": "such as 200", "--sweep 5 --only FlashMLA": "name it there too", "": "no GPU was found"}
+WRONG["--sweep 5 --quantized"] = "leave one of it and --quantized out"
 
 
 @pytest.mark.parametrize("arguments", WRONG)

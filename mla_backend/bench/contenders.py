@@ -19,7 +19,7 @@ Call = Callable[[], torch.Tensor]
 
 @dataclass
 class Step:
-    """Tensors of a decode step with as many queries in every request, pages of 64 tokens."""
+    """Tensors of a decode step with as many queries in every request, pages of 64 tokens; float8 ones with a scale."""
 
     q_nope: torch.Tensor
     q_pe: torch.Tensor
@@ -30,6 +30,7 @@ class Step:
     queries: int
     max_seq_len: int
     scale: float
+    kv_scale: torch.Tensor | None
 
     @property
     def query(self) -> torch.Tensor:
@@ -40,14 +41,48 @@ class Step:
 
 def ours(step: Step) -> Call:
     schedule = DecodeSchedule.plan(
-        step.seq_lens, heads=step.q_nope.shape[1], max_query_len=step.queries, max_seq_len=step.max_seq_len
+        step.seq_lens,
+        heads=step.q_nope.shape[1],
+        max_query_len=step.queries,
+        max_seq_len=step.max_seq_len,
+        quantized=step.kv_scale is not None,
     )
     out = torch.empty_like(step.q_nope, memory_format=torch.contiguous_format)
     tensors = (step.q_nope, step.q_pe, step.kv_cache, step.block_table, step.seq_lens, step.query_start_loc)
-    return lambda: mla_decode(*tensors, softmax_scale=step.scale, schedule=schedule, out=out)
+    shared: dict[str, Any] = {"softmax_scale": step.scale, "kv_scale": step.kv_scale, "schedule": schedule, "out": out}
+    return lambda: mla_decode(*tensors, **shared)
+
+
+def flash_mla_fp8(step: Step) -> Call:
+    from vllm.v1.attention.ops.flashmla import flash_mla_with_kvcache_fp8, get_mla_metadata_dense_fp8
+
+    query = step.query
+    one, cache_scale = torch.ones(1, device="cuda"), torch.as_tensor(step.kv_scale).reshape(1)
+    metadata, splits = get_mla_metadata_dense_fp8(step.seq_lens, step.queries * query.shape[2], 1)
+    query = query.to(torch.float8_e4m3fn)  # outside of what is timed, as vLLM's layers do that for the backend
+
+    def call() -> torch.Tensor:
+        out, _ = flash_mla_with_kvcache_fp8(
+            q=query,
+            k_cache=step.kv_cache.unsqueeze(-2),
+            block_table=step.block_table,
+            cache_seqlens=step.seq_lens,
+            head_dim_v=512,
+            tile_scheduler_metadata=metadata,
+            num_splits=splits,
+            softmax_scale=step.scale,
+            causal=True,
+            descale_q=one,
+            descale_k=cache_scale,
+        )
+        return torch.as_tensor(out).flatten(0, 1)
+
+    return call
 
 
 def flash_mla(step: Step) -> Call:
+    if step.kv_scale is not None:
+        return flash_mla_fp8(step)
     from vllm.v1.attention.ops.flashmla import flash_mla_with_kvcache, get_mla_metadata
 
     query = step.query
@@ -71,6 +106,8 @@ def flash_mla(step: Step) -> Call:
 
 
 def flash_attention_3(step: Step) -> Call:
+    if step.kv_scale is not None:
+        raise NotImplementedError("takes no float8 cache with values of 512 numbers")
     from vllm.vllm_flash_attn import flash_attn_varlen_func, get_scheduler_metadata
 
     shared: dict[str, Any] = {
@@ -113,6 +150,8 @@ def flash_attention_3(step: Step) -> Call:
 def flash_infer(step: Step) -> Call:
     from flashinfer.mla import BatchMLAPagedAttentionWrapper
 
+    if step.kv_scale is not None:
+        raise NotImplementedError("takes no float8 cache on Hopper")
     if step.queries != 1:
         raise NotImplementedError("measured with one query per request")
     wrapper = BatchMLAPagedAttentionWrapper(torch.empty(128 << 20, dtype=torch.uint8, device="cuda"), backend="fa3")
@@ -136,17 +175,22 @@ def triton(step: Step) -> Call:
     heads, splits = query.shape[1], 8
     out, lse = torch.empty_like(query[..., :512]), query.new_empty(query.shape[:2])
     scratch = query.new_empty(len(query), heads, splits, 513, dtype=torch.float32)
-    cache, one = step.kv_cache.unsqueeze(2), torch.ones(1, device="cuda")
+    cache = step.kv_cache.unsqueeze(2)
+    cache_scale = torch.ones(1, device="cuda") if step.kv_scale is None else step.kv_scale.reshape(1)
+    scales = {"k_scale": cache_scale, "v_scale": cache_scale}
 
     def call() -> torch.Tensor:
         tables = (step.block_table, step.seq_lens, scratch, splits, step.scale, cache.shape[1])
-        decode_attention_fwd(query, cache, cache[..., :512], out, lse, *tables, k_scale=one, v_scale=one, is_mla=True)
+        decode_attention_fwd(query, cache, cache[..., :512], out, lse, *tables, **scales, is_mla=True)
         return out
 
     return call
 
 
 OURS = "mla_backend"
+MULTIPLIES_FP8 = ("FlashMLA",)
+"""Those that over a float8 cache also make queries and probabilities float8."""
+
 CONTENDERS: dict[str, Callable[[Step], Call]] = {
     OURS: ours,
     "FlashMLA": flash_mla,

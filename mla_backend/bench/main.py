@@ -12,7 +12,7 @@ from mla_backend import has_compiled_kernels
 from mla_backend.bench.contenders import CONTENDERS, OURS
 from mla_backend.bench.measure import Row, Stopwatch, ceilings, measure
 from mla_backend.bench.report import best_peer_over_ours, cliffs, draw, table, write_json
-from mla_backend.bench.shapes import DEFAULT, LINES, anywhere
+from mla_backend.bench.shapes import DEFAULT, LINES, QUANTIZED, anywhere
 
 SLOWER, CLIFF = 1.05, 1.3  # times the best peer, and times the line through the neighbours: what a sweep tells of
 
@@ -47,6 +47,7 @@ def main() -> None:
     parser.add_argument(
         "--sweep", type=int, metavar="N", help="measure N random shapes instead, and look for cliffs between others"
     )
+    parser.add_argument("--quantized", action="store_true", help="measure over caches of float8 numbers instead")
     options = parser.parse_args()
     if options.sweep is not None and options.sweep < 1:
         raise SystemExit(
@@ -54,6 +55,8 @@ def main() -> None:
         )
     if options.sweep and OURS not in options.only:
         raise SystemExit(f"mla-bench: --sweep judges {OURS}, which --only leaves out; name it there too.")
+    if options.sweep and options.quantized:
+        raise SystemExit("mla-bench: --sweep measures caches of bfloat16 numbers; leave one of it and --quantized out.")
     if not torch.cuda.is_available():
         raise SystemExit("mla-bench: no GPU was found, and there is nothing to measure without one.")
     if OURS in options.only and not has_compiled_kernels():
@@ -66,7 +69,8 @@ def main() -> None:
         f"{torch.cuda.get_device_name()}: reads {read / 1e12:.2f} TB/s, multiplies {product / 1e12:.0f} TFLOP/s, "
         f"a tiny kernel takes {launch:.1f} us"
     )
-    bar = tqdm(anywhere(options.sweep) if options.sweep else DEFAULT, unit="shape")
+    shapes = anywhere(options.sweep) if options.sweep else QUANTIZED if options.quantized else DEFAULT
+    bar = tqdm(shapes, unit="shape")
     rows = [measure(shape, options.only, machine, stopwatch, options.repeats) for shape in bar]
     print("medians in microseconds")
     print(table(rows))
@@ -81,7 +85,7 @@ def main() -> None:
         options.out.mkdir(parents=True, exist_ok=True)
         write_json(options.out / "mla-bench.json", rows, machine)
         if not options.sweep:  # too many shapes for one axis
-            draw(options.out / "mla-bench.png", rows)
+            draw(options.out / "mla-bench.png", rows, "float8" if options.quantized else "bf16")
 
 
 if __name__ == "__main__":

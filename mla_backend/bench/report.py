@@ -79,7 +79,7 @@ def write_json(path: Path, rows: list[Row], machine: dict[str, float]) -> None:
     path.write_text(json.dumps(result, indent=1) + "\n")
 
 
-def draw(path: Path, rows: list[Row]) -> None:
+def draw(path: Path, rows: list[Row], of_cache: str) -> None:
     """Time over the floor by shape, one line per contender, one panel per regime."""
     import matplotlib
 
@@ -104,7 +104,7 @@ def draw(path: Path, rows: list[Row]) -> None:
         axes.set_title(regime)
         axes.grid(alpha=0.3, which="both")
         axes.legend()
-    figure.suptitle(f"MLA decode in bf16 on one {torch.cuda.get_device_name()}")
+    figure.suptitle(f"MLA decode over a {of_cache} cache on one {torch.cuda.get_device_name()}")
     figure.tight_layout()
     figure.savefig(path)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from mla_backend.dimensions import HEAD_DIM, KV_LORA_RANK
 
@@ -17,12 +17,13 @@ class Shape:
     heads: int
     queries: int
     seq_lens: tuple[int, ...]
+    quantized: bool = False  # a cache of float8 numbers, of bfloat16 ones otherwise
 
     @property
     def bytes(self) -> int:
-        """Bytes that must move at least: every cached token once, queries in, outputs out, in 16 bits."""
+        """Bytes that must move at least: every cached token once; queries in and outputs out, in 16 bits."""
         rows = len(self.seq_lens) * self.queries * self.heads
-        return 2 * (sum(self.seq_lens) * HEAD_DIM + rows * (HEAD_DIM + KV_LORA_RANK))
+        return (1 if self.quantized else 2) * sum(self.seq_lens) * HEAD_DIM + 2 * rows * (HEAD_DIM + KV_LORA_RANK)
 
     @property
     def flops(self) -> int:
@@ -30,7 +31,7 @@ class Shape:
         return 2 * sum(self.seq_lens) * self.queries * self.heads * (HEAD_DIM + KV_LORA_RANK)
 
     def floor(self, bytes_per_second: float, flops_per_second: float) -> float:
-        """Seconds that the machine needs at least, at the rates that were measured on it."""
+        """Seconds that the machine needs at least, at the rates that were measured on it; products are of 16 bits."""
         return max(self.bytes / bytes_per_second, self.flops / flops_per_second)
 
 
@@ -58,6 +59,8 @@ DEFAULT = (
     *(mixed(heads, 128, mean) for heads in (16, 128) for mean in (4096, 16384)),
     Shape("16 heads, 4 x 4 uneven", 16, 4, (4641, 45118, 1730, 1696)),
 )
+
+QUANTIZED = tuple(replace(shape, quantized=True) for shape in DEFAULT)
 
 MOST_TOKENS = 1 << 24  # in the cache of a random shape: 19 GB
 

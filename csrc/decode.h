@@ -33,7 +33,7 @@ struct alignas(16) Share {
   uint32_t step_is_small : 1;    // whether all shares together have less than kSmallStep tiles
   uint32_t first_completes : 1;  // whether all that are split are completed by the worker with their first part
 };
-constexpr int kSmallStep = 3072;  // 226 MB, four times what the L2 cache holds: with more it gained nothing or lost
+constexpr int kSmallStep = 3072;  // 226 MB in 16 bits, four times what the L2 cache holds: with more it gained nothing or lost
 constexpr int kShareNumbers = sizeof(Share) / sizeof(int32_t);
 
 struct DecodeParams {
@@ -42,8 +42,8 @@ struct DecodeParams {
   const int32_t* block_table;  // [requests, max_pages]
   int64_t block_table_stride;
   int requests, page_size;
-  // Set with the choice of the kernel: a request's query rows (token and head) are handled in blocks of whole tokens, or parts of a
-  // token, each of them by all workers.
+  // Set with the choice of the kernel: a request's query rows (token and head) are handled in blocks of whole tokens or, with more
+  // than 64 heads over a quantised cache, of so many rows, each of them by all workers.
   int block_rows, row_blocks;
   int box_shift;       // the copy engine brings 2^box_shift tokens of a page at a time,
   int boxes_per_page;  // so many times
@@ -74,7 +74,8 @@ struct DecodeParams {
   // of their denominators [slots, row_blocks, block_rows]. Columns lie as the tensor cores leave them to threads, so that each
   // stores sixteen bytes or, in the narrow kernels, eight at a time.
   //
-  // The narrow kernels': of each sixteen columns the second eight lie between the first eight, 0, 8, 1, 9 and so on.
+  // The narrow kernels': of each sixteen columns the second eight lie between the first eight, 0, 8, 1, 9 and so on. Over a
+  // quantised cache: in order.
   //
   // The wide kernels', which are large: float16 in the first half of a row, with three significant bits more than bfloat16; of each
   // 32 columns first 0 and 1, 8 and 9, 16 and 17, 24 and 25, then 2 and 3 and so on. After them for each 128 columns the power of

@@ -78,7 +78,7 @@ constexpr Choice kChoices[] = {
     {Kernel::kWide64, 64, 2, 2, 3, 10, 10, 2, 4},
     {Kernel::kWide128, 128, 2, 2, 3, 5, 5, 2, 4},
 };
-// With a quantised cache.
+// With a quantised cache. The numbers for the schedule are those of kernels with as many rows above, and have not been measured.
 constexpr Choice kQuantizedChoices[] = {
     {Kernel::kQuantized16, 16, 1, 1, 1, 4, 13, 1, 4},
     {Kernel::kQuantized32, 32, 1, 1, 1, 4, 13, 1, 4},

@@ -1,4 +1,4 @@
-// MLA decode on Hopper for at most 64 query rows per request: cached tokens take the 64-row side of wgmma.
+// MLA decode on Hopper for at most 64 query rows at a time: cached tokens take the 64-row side of wgmma.
 //
 // With few rows the time goes into reading the cache, and padding the rows to 64 would only keep tiles in shared memory
 // for longer. So everything is transposed: scores are tile x queries (64 tokens x N rows), and the output is values x
@@ -7,6 +7,9 @@
 // the probabilities those of half of the rows, for both. With up to 48 rows each computes the scores of all rows over half of the
 // 576 numbers, and they exchange halves, so that each can add up those of its own rows; with 64, when shared memory has no room for
 // scores, each computes those of its own rows over all numbers.
+//
+// With 64 rows it also serves caches of float8 numbers (csrc/sm90/quantized.cuh), whose tiles leave room for scores, and any
+// number of rows in blocks of so many.
 #pragma once
 
 #include "quantized.cuh"
@@ -20,7 +23,7 @@ struct alignas(1024) NarrowShared {
   static constexpr int kRows = kN / 2;         // that a warpgroup finds the probabilities of
   static constexpr bool kByColumns = kQuantized || kN < 64;  // whether it computes all scores over half of the numbers
   static constexpr int kQueryStages = kN == 16 ? 2 : 1;  // what there is room for
-  static constexpr int kTileStages = !kQuantized ? 2 : kN < 64 ? 4 : 3;
+  static constexpr int kTileStages = kQuantized ? 3 : 2;
   static constexpr int kBlockColumns = 128 / sizeof(Cached), kTileBlocks = (kHeadDim - 1) / kBlockColumns + 1;
   static constexpr int kOwnBlocks = kTileBlocks / 2;  // with the output columns of a warpgroup
   using Tile = ColumnBlock<Cached>[kTileBlocks];

@@ -400,13 +400,6 @@ struct Matrix {
                : MLA_C16(0), MLA_C16(16)                                                           \
                : "l"(a), "l"(b), "r"(add), "n"(kTransposedA))
 
-#define MLA_WGMMA_RS_N8(type)                                                                      \
-  asm volatile("{\n.reg .pred add;\nsetp.ne.b32 add, %9, 0;\n"                                     \
-               "wgmma.mma_async.sync.aligned.m64n8k16.f32." type "." type " {%0, %1, %2, %3}"      \
-               ", {%4, %5, %6, %7}, %8, add, 1, 1, 0;\n}\n"                                        \
-               : MLA_C4(0)                                                                         \
-               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(add))
-
 #define MLA_WGMMA_RS_N16(type)                                                                     \
   asm volatile("{\n.reg .pred add;\nsetp.ne.b32 add, %13, 0;\n"                                    \
                "wgmma.mma_async.sync.aligned.m64n16k16.f32." type "." type " " MLA_R8              \
@@ -465,11 +458,6 @@ __device__ __forceinline__ void wgmma(float (&c)[32], uint64_t a, uint64_t b, in
 
 // The same with a in registers.
 template <typename Element>
-__device__ __forceinline__ void wgmma(float (&c)[4], const uint32_t* a, uint64_t b, int add) {
-  MLA_OF_ELEMENT(MLA_WGMMA_RS_N8)
-}
-
-template <typename Element>
 __device__ __forceinline__ void wgmma(float (&c)[8], const uint32_t* a, uint64_t b, int add) {
   MLA_OF_ELEMENT(MLA_WGMMA_RS_N16)
 }
@@ -496,7 +484,6 @@ __device__ __forceinline__ void wgmma_transposed_b(float (&c)[128], const uint32
 #undef MLA_WGMMA_RS_N64
 #undef MLA_WGMMA_RS_N32
 #undef MLA_WGMMA_RS_N16
-#undef MLA_WGMMA_RS_N8
 #undef MLA_WGMMA_N32
 #undef MLA_WGMMA_N16
 #undef MLA_R8

@@ -24,7 +24,7 @@ __device__ __forceinline__ uint32_t swizzled_128(int row, int chunk) { return ro
 __device__ __forceinline__ uint32_t swizzled_64(int row, int chunk) { return row * 64 + ((chunk ^ (row >> 1 & 3)) << 4); }
 
 // How the copy engine reads the cache, [pages, page_size, 576], and the queries, [tokens, heads, 512] and [tokens, heads, 64].
-// `latent` reads 64 columns at a time; those of `rope` are for kernels that read fewer rotary columns at a time.
+// `latent` reads 128 bytes of columns at a time; those of `rope` are for kernels that read fewer rotary columns at a time.
 struct TensorMaps {
   CUtensorMap latent, rope, latent_query, rope_query;
 

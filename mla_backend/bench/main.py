@@ -82,10 +82,11 @@ def main() -> None:
         print_slower(rows)
         find_cliffs(machine, stopwatch, options.repeats)
     if options.out:
+        of_cache = "float8" if options.quantized else "bf16"
         options.out.mkdir(parents=True, exist_ok=True)
-        write_json(options.out / "mla-bench.json", rows, machine)
+        write_json(options.out / "mla-bench.json", rows, machine, of_cache)
         if not options.sweep:  # too many shapes for one axis
-            draw(options.out / "mla-bench.png", rows, "float8" if options.quantized else "bf16")
+            draw(options.out / "mla-bench.png", rows, of_cache)
 
 
 if __name__ == "__main__":

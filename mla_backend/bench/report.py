@@ -74,8 +74,8 @@ def about() -> dict[str, object]:
     }
 
 
-def write_json(path: Path, rows: list[Row], machine: dict[str, float]) -> None:
-    result = {"about": {**about(), "ceilings": machine}, "rows": [asdict(row) for row in rows]}
+def write_json(path: Path, rows: list[Row], machine: dict[str, float], of_cache: str) -> None:
+    result = {"about": {**about(), "cache": of_cache, "ceilings": machine}, "rows": [asdict(row) for row in rows]}
     path.write_text(json.dumps(result, indent=1) + "\n")
 
 

@@ -59,14 +59,7 @@ struct Part32 {
 };
 
 // The same where columns lie in order.
-struct Part32InOrder {
-  static constexpr int kColumns = 4;
-  float4 values = {};
-
-  __device__ __forceinline__ void load_if(bool exists, const float* row, int place) {
-    ptx::load_if(exists, values, reinterpret_cast<const float4*>(row) + place);
-  }
-
+struct Part32InOrder : Part32 {
   __device__ __forceinline__ void add_to(float (&sum)[kColumns], float weight) const {
     sum[0] += weight * values.x, sum[1] += weight * values.y, sum[2] += weight * values.z, sum[3] += weight * values.w;
   }

@@ -58,36 +58,6 @@ __device__ __forceinline__ void find_scores(float (&score)[kCount], QuantizedSha
   ptx::keep(score);
 }
 
-// Add the values of tile `number` times the probabilities at a shared address, and release the tile when all are in registers. The
-// first half of the results is half number `group` of the columns, which this warpgroup will have in the end.
-template <typename Element, int kN, int kCount>
-__device__ __forceinline__ void add_values(float (&out)[kLatentColumnBlocks][kCount], QuantizedShared<Element, kN>& shared,
-                                           const QuantizedTile& tile, int number, uint32_t probabilities, int group) {
-  constexpr int kBlockLoads = CachedValues::kBlockLoads, kLoads = kLatentColumnBlocks * kBlockLoads;
-  constexpr int kTogether = kN == 16 ? 4 : 2;  // what there are registers for
-  const ptx::Matrix weights(probabilities, 0, 1024);
-  const CachedValues values(tile, ptx::thread_index());
-#pragma unroll
-  for (auto& block : out) ptx::keep(block);
-  multiply_converted<CachedValues, kLoads, kTogether>(
-      [&](int i, uint32_t(&raw)[4]) {
-        const int b = i / kBlockLoads;
-        values.load(b < kGroupBlocks ? group : 1 - group, b % kGroupBlocks, i % kBlockLoads, raw);
-        if (i + 1 == kLoads) {
-          __syncwarp();
-          if (threadIdx.x % 32 == 0) shared.tiles.release(number);
-        }
-      },
-      [&](int i, const uint32_t(&steps)[2][4]) {
-#pragma unroll
-        for (int s = 0; s < 2; ++s) {
-          ptx::wgmma<__half>(out[i / kBlockLoads], steps[s], weights.at((i % kBlockLoads * 2 + s) * 32), 1);
-        }
-      });
-#pragma unroll
-  for (auto& block : out) ptx::keep(block);
-}
-
 template <typename Element, int kN>
 __device__ void consume_quantized(const DecodeParams& params, QuantizedShared<Element, kN>& shared) {
   using Shared = QuantizedShared<Element, kN>;
@@ -205,7 +175,8 @@ __device__ void consume_quantized(const DecodeParams& params, QuantizedShared<El
       }
 #pragma unroll
       for (int c = 0; c < kColumns; ++c) sum[c] += tile_sum[c];
-      add_values(out, shared, tile, number, probabilities, group);
+      constexpr int kTogether = kN == 16 ? 4 : 2;  // what there are registers for
+      add_values<kTogether>(out, tile, probabilities, group, [&] { shared.tiles.release(number); });
     }
     first_number += piece.tiles();
 

@@ -187,6 +187,39 @@ __device__ __forceinline__ void multiply_converted(Load load, Multiply multiply)
   for (auto& steps : stages) keep(steps);
 }
 
+// Add a tile's values times the probabilities at a shared address: half number `half` of the columns and then, where there are
+// results for it, the other one. A lane of each warp calls `release` when that has in registers what it needs of the tile.
+template <int kTogether, int kBlocks, int kCount, typename Release>
+__device__ __forceinline__ void add_values(float (&out)[kBlocks][kCount], const QuantizedTile& tile, uint32_t probabilities,
+                                           int half, Release release) {
+  constexpr int kBlockLoads = CachedValues::kBlockLoads, kLoads = kBlocks * kBlockLoads;
+  const ptx::Matrix weights(probabilities, 0, 1024);
+  const CachedValues values(tile, ptx::thread_index());
+#pragma unroll
+  for (auto& block : out) ptx::keep(block);
+  multiply_converted<CachedValues, kLoads, kTogether>(
+      [&](int i, uint32_t(&raw)[4]) {
+        const int b = i / kBlockLoads;
+        if constexpr (kBlocks == kGroupBlocks) {
+          values.load(half, b, i % kBlockLoads, raw);
+        } else {
+          values.load(b < kGroupBlocks ? half : 1 - half, b % kGroupBlocks, i % kBlockLoads, raw);
+        }
+        if (i + 1 == kLoads) {
+          __syncwarp();
+          if (threadIdx.x % 32 == 0) release();
+        }
+      },
+      [&](int i, const uint32_t(&steps)[2][4]) {
+#pragma unroll
+        for (int s = 0; s < 2; ++s) {
+          ptx::wgmma<__half>(out[i / kBlockLoads], steps[s], weights.at((i % kBlockLoads * 2 + s) * 32), 1);
+        }
+      });
+#pragma unroll
+  for (auto& block : out) ptx::keep(block);
+}
+
 // A tile that both warpgroups of a narrow kernel multiply together, each half of its columns.
 template <typename Shared>
 class ConvertedTile {
@@ -231,30 +264,10 @@ class ConvertedTile {
     ptx::keep(product);
   }
 
-  // Add values times probabilities, and release the tile when all are in registers.
   template <int kCount>
   __device__ __forceinline__ void add_values(float (&out)[kGroupBlocks][kCount]) {
-    constexpr int kBlockLoads = CachedValues::kBlockLoads, kLoads = kGroupBlocks * kBlockLoads;
-    const ptx::Matrix weights(ptx::shared_address(shared_.probabilities), 0, 1024);
-    const CachedValues values(tile_, ptx::thread_index());
-#pragma unroll
-    for (auto& block : out) ptx::keep(block);
-    multiply_converted<CachedValues, kLoads, 1>(
-        [&](int i, uint32_t(&raw)[4]) {
-          values.load(group_, i / kBlockLoads, i % kBlockLoads, raw);
-          if (i + 1 == kLoads) {
-            __syncwarp();
-            if (threadIdx.x % 32 == 0) shared_.tiles.release(number_);
-          }
-        },
-        [&](int i, const uint32_t(&steps)[2][4]) {
-#pragma unroll
-          for (int s = 0; s < 2; ++s) {
-            ptx::wgmma<__half>(out[i / kBlockLoads], steps[s], weights.at((i % kBlockLoads * 2 + s) * 32), 1);
-          }
-        });
-#pragma unroll
-    for (auto& block : out) ptx::keep(block);
+    const uint32_t probabilities = ptx::shared_address(shared_.probabilities);
+    sm90::add_values<1>(out, tile_, probabilities, group_, [&] { shared_.tiles.release(number_); });
   }
 
  private:

@@ -53,25 +53,33 @@ def ours(step: Step) -> Call:
     return lambda: mla_decode(*tensors, **shared)
 
 
+def of_flash_mla(step: Step, query: torch.Tensor) -> dict[str, Any]:
+    """Return what FlashMLA's functions are given over either kind of cache."""
+    return {
+        "q": query,
+        "k_cache": step.kv_cache.unsqueeze(-2),
+        "block_table": step.block_table,
+        "cache_seqlens": step.seq_lens,
+        "head_dim_v": 512,
+        "softmax_scale": step.scale,
+        "causal": True,
+    }
+
+
 def flash_mla_fp8(step: Step) -> Call:
     from vllm.v1.attention.ops.flashmla import flash_mla_with_kvcache_fp8, get_mla_metadata_dense_fp8
 
     query = step.query
     one, cache_scale = torch.ones(1, device="cuda"), torch.as_tensor(step.kv_scale).reshape(1)
     metadata, splits = get_mla_metadata_dense_fp8(step.seq_lens, step.queries * query.shape[2], 1)
-    query = query.to(torch.float8_e4m3fn)  # outside of what is timed, as vLLM's layers do that for the backend
+    # Queries become float8 outside of what is timed, as vLLM's layers do that for the backend.
+    shared = of_flash_mla(step, query.to(torch.float8_e4m3fn))
 
     def call() -> torch.Tensor:
         out, _ = flash_mla_with_kvcache_fp8(
-            q=query,
-            k_cache=step.kv_cache.unsqueeze(-2),
-            block_table=step.block_table,
-            cache_seqlens=step.seq_lens,
-            head_dim_v=512,
+            **shared,
             tile_scheduler_metadata=metadata,
             num_splits=splits,
-            softmax_scale=step.scale,
-            causal=True,
             descale_q=one,
             descale_k=cache_scale,
         )
@@ -87,19 +95,10 @@ def flash_mla(step: Step) -> Call:
 
     query = step.query
     metadata, _ = get_mla_metadata(step.seq_lens, step.queries * query.shape[2], 1, is_fp8_kvcache=False)
+    shared = of_flash_mla(step, query)
 
     def call() -> torch.Tensor:
-        out, _ = flash_mla_with_kvcache(
-            q=query,
-            k_cache=step.kv_cache.unsqueeze(-2),
-            block_table=step.block_table,
-            cache_seqlens=step.seq_lens,
-            head_dim_v=512,
-            tile_scheduler_metadata=metadata,
-            softmax_scale=step.scale,
-            causal=True,
-            is_fp8_kvcache=False,
-        )
+        out, _ = flash_mla_with_kvcache(**shared, tile_scheduler_metadata=metadata, is_fp8_kvcache=False)
         return torch.as_tensor(out).flatten(0, 1)
 
     return call

@@ -98,12 +98,6 @@ void check_queries(int64_t max_query_len) {
                   ", wanted 0 to ", kMaxTokens);
 }
 
-void check_row_blocks(const StepBounds& bounds) {
-  const int64_t blocks = row_blocks(bounds);
-  STD_TORCH_CHECK(blocks <= kMaxRowBlocks, "mla_decode: max_query_len is ", bounds.max_query_len, " with ", bounds.heads,
-                  " heads, wanted at most ", bounds.max_query_len * int64_t{kMaxRowBlocks} / blocks, " over a quantised cache");
-}
-
 void check_lengths(int64_t max_seq_len) {
   constexpr int kMost = std::numeric_limits<int>::max();
   STD_TORCH_CHECK(0 <= max_seq_len && max_seq_len <= kMost, "mla_decode: max_seq_len is ", max_seq_len, ", wanted 0 to ", kMost);
@@ -127,7 +121,6 @@ int64_t plan(const Tensor& seq_lens, int64_t heads, int64_t max_query_len, int64
 
   const torch::stable::accelerator::DeviceGuard guard(device.index());
   const StepBounds bounds = bounds_of(seq_lens.size(0), heads, max_query_len, max_seq_len, batch_invariant, quantized);
-  check_row_blocks(bounds);
   return launch_plan(static_cast<const int32_t*>(seq_lens.const_data_ptr()), bounds, static_cast<int>(shares.size(0)),
                      static_cast<Share*>(shares.mutable_data_ptr()), static_cast<int32_t*>(splits.mutable_data_ptr()),
                      current_stream(device.index()));
@@ -178,7 +171,6 @@ void mla_decode(const Tensor& q_nope, const Tensor& q_pe, const Tensor& kv_cache
   check_alignment("partial_out", partial_out);
   const int64_t workers = shares.size(0), room = partial_lse.numel();
   const StepBounds bounds = bounds_of(requests, heads, max_query_len, max_seq_len, batch_invariant, quantized);
-  check_row_blocks(bounds);
   const int64_t rows = partial_rows(static_cast<int>(workers), bounds);
   STD_TORCH_CHECK(rows <= room, "mla_decode: partial_lse has room for ", room, " query rows, wanted ", rows, " for ", workers,
                   " shares of ", max_query_len, " query tokens and ", heads, " heads");

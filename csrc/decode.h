@@ -9,8 +9,7 @@ constexpr int kLatentDim = 512;  // also the width of a value
 constexpr int kRopeDim = 64;
 constexpr int kHeadDim = kLatentDim + kRopeDim;
 constexpr int kMaxHeads = 128;
-constexpr int kMaxTokens = 65535;     // query tokens
-constexpr int kMaxRowBlocks = 65535;  // of a request: thread blocks that a grid can have in its second dimension
+constexpr int kMaxTokens = 65535;  // query tokens: thread blocks that a grid can have in its second dimension
 
 constexpr int kTileTokens = 64;   // cached tokens that a thread block handles at a time: the unit of the schedule
 constexpr int kLeastBox = kTileTokens / 2;  // tokens that the copy engine brings at a time, at least, from pages of several boxes
@@ -42,8 +41,8 @@ struct DecodeParams {
   const int32_t* block_table;  // [requests, max_pages]
   int64_t block_table_stride;
   int requests, page_size;
-  // Set with the choice of the kernel: a request's query rows (token and head) are handled in blocks of whole tokens or, with more
-  // than 64 heads over a quantised cache, of so many rows, each of them by all workers.
+  // Set with the choice of the kernel: a request's query rows (token and head) are handled in blocks of whole tokens, each of
+  // them by all workers.
   int block_rows, row_blocks;
   int box_shift;       // the copy engine brings 2^box_shift tokens of a page at a time,
   int boxes_per_page;  // so many times
@@ -74,8 +73,8 @@ struct DecodeParams {
   // of their denominators [slots, row_blocks, block_rows]. Columns lie as the tensor cores leave them to threads, so that each
   // stores sixteen bytes or, in the narrow kernels, eight at a time.
   //
-  // The narrow kernels': of each sixteen columns the second eight lie between the first eight, 0, 8, 1, 9 and so on. Over a
-  // quantised cache: in order.
+  // The narrow kernels': of each sixteen columns the second eight lie between the first eight, 0, 8, 1, 9 and so on; in order where
+  // they convert a quantised cache.
   //
   // The wide kernels', which are large: float16 in the first half of a row, with three significant bits more than bfloat16; of each
   // 32 columns first 0 and 1, 8 and 9, 16 and 17, 24 and 25, then 2 and 3 and so on. After them for each 128 columns the power of

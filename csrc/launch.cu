@@ -30,7 +30,7 @@ PFN_cuTensorMapEncodeTiled_v12000 tensor_map_encoder() {
 }
 
 // How the copy engine reads [outer, rows, columns]: `box_columns` x box_rows x box_outer at a time, laid down in shared
-// memory with the swizzle of that width. Strides count elements.
+// memory with the swizzle of that width, if that is 64 or 128 bytes. Strides count elements.
 CUtensorMap encode(CUtensorMapDataType type, const void* data, int64_t columns, int64_t rows, int64_t outer,
                    int64_t row_stride, int64_t outer_stride, int box_columns, int box_rows, int box_outer) {
   const int bytes = type == CU_TENSOR_MAP_DATA_TYPE_UINT8 ? 1 : 2;  // of an element
@@ -45,7 +45,9 @@ CUtensorMap encode(CUtensorMapDataType type, const void* data, int64_t columns, 
   CUtensorMap map;
   const CUresult result =
       encoder(&map, type, 3, const_cast<void*>(data), sizes, strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
-              box_columns * bytes == 128 ? CU_TENSOR_MAP_SWIZZLE_128B : CU_TENSOR_MAP_SWIZZLE_64B,
+              box_columns * bytes == 128  ? CU_TENSOR_MAP_SWIZZLE_128B
+              : box_columns * bytes == 64 ? CU_TENSOR_MAP_SWIZZLE_64B
+                                          : CU_TENSOR_MAP_SWIZZLE_NONE,
               // Without promotion: 256 bytes at a time cost 5 to 8 % where bytes decide.
               CU_TENSOR_MAP_L2_PROMOTION_NONE, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   if (result != CUDA_SUCCESS) throw std::runtime_error("cuTensorMapEncodeTiled failed with " + std::to_string(result));
@@ -57,7 +59,10 @@ CUtensorMap encode(CUtensorMapDataType type, const void* data, int64_t columns, 
 // "Short requests stay whole", "Completed by the first worker", "One launch for many rows", "Parts in float16", "Float16
 // for 33 to 64 rows, too", "Workers of their own", "48 rows for many short requests"), and whether it is for many short requests
 // only: for more of them than there are clusters, none of which has more than kShortRequest cached tokens.
-enum class Kernel { kNarrow16, kNarrow32, kNarrow48, kNarrow64, kWide64, kWide128, kQuantized16, kQuantized32, kQuantized64 };
+enum class Kernel {
+  kNarrow16, kNarrow32, kNarrow48, kNarrow64, kWide64, kWide128,
+  kQuantized16, kQuantized32, kQuantized64, kQuantized128
+};
 
 struct Choice {
   Kernel kernel;
@@ -78,12 +83,13 @@ constexpr Choice kChoices[] = {
     {Kernel::kWide64, 64, 2, 2, 3, 10, 10, 2, 4},
     {Kernel::kWide128, 128, 2, 2, 3, 5, 5, 2, 4},
 };
-// With a quantised cache. The numbers for the schedule are those of kernels with as many rows above, and have not been measured.
+// Over a quantised cache. The numbers for the schedule are those of kernels with as many rows above, and have not been measured.
 constexpr Choice kQuantizedChoices[] = {
     {Kernel::kQuantized16, 16, 1, 1, 1, 4, 13, 1, 4},
     {Kernel::kQuantized32, 32, 1, 1, 1, 4, 13, 1, 4},
-    // More rows are several blocks of them, and tiles come from L2 for all but one.
     {Kernel::kQuantized64, 64, 1, 1, 2, 4, 4, 3, 0},
+    // Numbers are converted once for all rows, in shared memory; the kernels above do so in registers.
+    {Kernel::kQuantized128, 128, 2, 2, 3, 5, 5, 2, 4},
 };
 template <typename Condition>
 constexpr bool all_choices(Condition holds) {
@@ -102,30 +108,24 @@ static_assert(all_choices([](const Choice& c) { return c.cluster > 1 || c.rows <
 constexpr int kClusters = 66;       // of two multiprocessors, on the largest Hopper GPU
 constexpr int kShortRequest = 512;  // cached tokens
 
-// How a request's query rows are handled: by which kernel, in how many blocks of how many rows.
+// How a request's query rows are handled: by which kernel, in how many blocks of how many tokens.
 struct Blocks {
   Choice choice;
-  int rows;
-  int64_t count;
+  int tokens, count;
 
   // The first kernel that takes all rows at once, or the last one. A batch-invariant step takes that always, because what other
   // requests there are may not choose.
   explicit Blocks(const StepBounds& bounds) {
     const int queries = std::max(1, bounds.max_query_len);
-    const int64_t all_rows = bounds.batch_invariant ? kMaxHeads : int64_t{1} * bounds.heads * queries;
+    const int rows = bounds.batch_invariant ? kMaxHeads : bounds.heads * queries;
     const bool many_short = bounds.requests > kClusters && bounds.max_seq_len <= kShortRequest;
-    const auto takes_all = [=](const Choice& choice) { return all_rows <= choice.rows && (many_short || !choice.many_short); };
+    const auto takes_all = [=](const Choice& choice) { return rows <= choice.rows && (many_short || !choice.many_short); };
     const auto first_of = [&](const auto& choices) {
       return *std::find_if(std::begin(choices), std::end(choices) - 1, takes_all);
     };
     choice = bounds.quantized ? first_of(kQuantizedChoices) : first_of(kChoices);
-    if (bounds.heads <= choice.rows) {
-      rows = std::min(choice.rows / bounds.heads, queries) * bounds.heads;
-    } else {
-      const int parts = (bounds.heads + choice.rows - 1) / choice.rows;  // of a token
-      rows = (bounds.heads + parts - 1) / parts;
-    }
-    count = (int64_t{1} * bounds.heads * queries + rows - 1) / rows;
+    tokens = std::min(choice.rows / bounds.heads, queries);
+    count = (queries + tokens - 1) / tokens;
   }
 };
 
@@ -139,7 +139,7 @@ void decode(Kernel kernel, const Choice& choice, const DecodeParams& params, con
   };
   const auto of_queries = [&](const void* data, int columns, int64_t token_stride, int64_t head_stride, int box_columns) {
     return encode(type, data, columns, params.heads, params.tokens, head_stride, token_stride, box_columns,
-                  std::min(params.heads, params.block_rows), std::max(1, params.block_rows / params.heads));
+                  params.heads, params.block_rows / params.heads);
   };
   const int rope_columns = kRopeDim / choice.cluster;
   sm90::TensorMaps maps = {};
@@ -174,10 +174,8 @@ template <typename Element>
 void launch(DecodeParams params, const Blocks& blocks, const Cache& cache, CUtensorMapDataType type, cudaStream_t stream) {
   using namespace sm90;
   params.max_query_len = std::max(1, params.max_query_len);
-  params.block_rows = blocks.rows;
-  params.row_blocks = static_cast<int>(blocks.count);
-  // The copy engine does not bring rows of two tokens together unless it brings all of theirs.
-  if (params.block_rows % params.heads != 0 && params.heads % params.block_rows != 0) params.queries_are_vectors = false;
+  params.block_rows = blocks.tokens * params.heads;
+  params.row_blocks = blocks.count;
   params.box_shift = __builtin_ctz(std::min(params.page_size, kTileTokens / blocks.choice.cluster));
   params.boxes_per_page = params.page_size >> params.box_shift;
   params.heads_reciprocal = reciprocal(params.heads), params.boxes_reciprocal = reciprocal(params.boxes_per_page);
@@ -187,7 +185,9 @@ void launch(DecodeParams params, const Blocks& blocks, const Cache& cache, CUten
   const auto narrow = [&](auto rows) {
     run(Type<NarrowShared<Element, Element, rows>>{}, decode_narrow_kernel<Element, Element, rows>, type);
   };
-  const auto wide = [&](auto rows) { run(Type<WideShared<Element, rows>>{}, decode_wide_kernel<Element, rows>, type); };
+  const auto wide = [&](auto rows) {
+    run(Type<WideShared<Element, Element, rows>>{}, decode_wide_kernel<Element, Element, rows>, type);
+  };
   const auto quantized = [&](auto rows) {
     run(Type<QuantizedShared<Element, rows>>{}, decode_quantized_kernel<Element, rows>, CU_TENSOR_MAP_DATA_TYPE_UINT8);
   };
@@ -200,8 +200,10 @@ void launch(DecodeParams params, const Blocks& blocks, const Cache& cache, CUten
     case Kernel::kWide128: return wide(Constant<128>{});
     case Kernel::kQuantized16: return quantized(Constant<16>{});
     case Kernel::kQuantized32: return quantized(Constant<32>{});
+    using Cached = __nv_fp8_e4m3;
+    case Kernel::kQuantized128:
+      return run(Type<WideShared<Element, Cached, 128>>{}, decode_wide_kernel<Element, Cached, 128>, CU_TENSOR_MAP_DATA_TYPE_UINT8);
     case Kernel::kQuantized64:
-      using Cached = __nv_fp8_e4m3;
       return run(Type<NarrowShared<Element, Cached, 64>>{}, decode_narrow_kernel<Element, Cached, 64>,
                  CU_TENSOR_MAP_DATA_TYPE_UINT8);
   }
@@ -219,12 +221,10 @@ void launch_decode(const DecodeParams& params, const StepBounds& bounds, const C
   }
 }
 
-int64_t row_blocks(const StepBounds& bounds) { return Blocks(bounds).count; }
-
 int64_t partial_rows(int workers, const StepBounds& bounds) {
   if (workers == 1) return 0;  // nothing is split
   const Blocks blocks(bounds);
-  return 2 * workers * blocks.count * blocks.rows;
+  return int64_t{2} * workers * blocks.count * blocks.tokens * bounds.heads;
 }
 
 int64_t arrival_counters(int workers, const StepBounds& bounds) {

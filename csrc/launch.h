@@ -31,9 +31,6 @@ struct StepBounds {
 void launch_decode(const DecodeParams& params, const StepBounds& bounds, const Cache& cache, ElementType type,
                    cudaStream_t stream);
 
-// Blocks of query rows that a request may have, at most kMaxRowBlocks.
-int64_t row_blocks(const StepBounds& bounds);
-
 // The query rows that there must be room for in partial results.
 int64_t partial_rows(int workers, const StepBounds& bounds);
 

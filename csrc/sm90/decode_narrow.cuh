@@ -8,8 +8,7 @@
 // 576 numbers, and they exchange halves, so that each can add up those of its own rows; with 64, when shared memory has no room for
 // scores, each computes those of its own rows over all numbers.
 //
-// With 64 rows it also serves caches of float8 numbers (csrc/sm90/quantized.cuh), whose tiles leave room for scores, and any
-// number of rows in blocks of so many.
+// With 64 rows it also serves caches of float8 numbers (csrc/sm90/quantized.cuh), whose tiles leave room for scores.
 #pragma once
 
 #include "quantized.cuh"
@@ -167,7 +166,6 @@ __device__ void consume_narrow(const DecodeParams& params, NarrowShared<Element,
   const int group = ptx::uniform(threadIdx.x / 128);
   const int first_row = group * Shared::kRows;  // that the warpgroup finds the probabilities of
   const int own_barrier = kGroupBarrier + group;
-  const int row_block = Shared::kQuantized ? blockIdx.y : 0;
   const float kv_scale = Shared::kQuantized ? *params.kv_scale : 1;
   const float step_scale_log2 = params.softmax_scale * kLog2E * kv_scale;
   using Numbers = std::conditional_t<Shared::kQuantized, ConvertedTile<Shared>, SharedTile<Shared>>;
@@ -240,7 +238,7 @@ __device__ void consume_narrow(const DecodeParams& params, NarrowShared<Element,
       if (first + kTileTokens > all_visible) {
 #pragma unroll
         for (int k = 0; k < kScores; ++k) {
-          const int row = row_block * params.block_rows + first_row + at.column(k / 4 * 2 + k % 2);
+          const int row = first_row + at.column(k / 4 * 2 + k % 2);
           const int query_index = min(query_of_row(params, row), queries - 1);
           const int last_visible = params.causal ? seq_len - queries + query_index : seq_len - 1;
           if (first + at.row() + k / 2 % 2 * 8 > last_visible) score[k] = -INFINITY;
@@ -323,7 +321,7 @@ __device__ void consume_narrow(const DecodeParams& params, NarrowShared<Element,
       if (at.warp == 0 && at.lane < 4) shared.log2_sum[first_row + at.column(c)] = reference[c];
     }
     meet();
-    const Rows<Element> results(params, attended(), row_block);
+    const Rows<Element> results(params, attended(), 0);
     if (const int row = Shared::thread(); row < kN) {
       float total = 0;
 #pragma unroll
@@ -414,21 +412,19 @@ __global__ void __launch_bounds__(NarrowRegisters<Cached, kN>::kThreads, 1)
               const int block = Shared::thread() % 32;
               if (block < kColumnBlocks) {
                 const bool rope = block == kLatentDim / 64;
-                const int head = Shared::kQuantized ? first_head(params) : 0;
                 ptx::tma_load(&shared.query[stage][block], rope ? &maps.rope_query : &maps.latent_query,
-                              rope ? 0 : block * 64, head, token, shared.queries.full[stage]);
+                              rope ? 0 : block * 64, 0, token, shared.queries.full[stage]);
               }
             },
             [&](int stage, const Piece& piece) {
               const auto place = [&](int row, int chunk) {
                 return ptx::shared_address(shared.query[stage][chunk / 8]) + swizzled_128(row, chunk % 8);
               };
-              const int row = Shared::kQuantized ? blockIdx.y * params.block_rows : 0;
-              const int last_row = Shared::kQuantized ? min(row + params.block_rows, piece.rows(params)) : piece.rows(params);
+              const int rows = piece.rows(params);
               copy_rows<kLatentDim / 8>(params, query_latent<Element>(params, piece), params.q_nope_token_stride,
-                                        params.q_nope_head_stride, row, last_row, place);
+                                        params.q_nope_head_stride, 0, rows, place);
               copy_rows<kRopeDim / 8>(params, query_rope<Element>(params, piece), params.q_pe_token_stride,
-                                      params.q_pe_head_stride, row, last_row,
+                                      params.q_pe_head_stride, 0, rows,
                                       [&](int row, int chunk) { return place(row, kLatentDim / 8 + chunk); });
             });
       },

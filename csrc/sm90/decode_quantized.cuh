@@ -108,7 +108,7 @@ __device__ void consume_quantized(const DecodeParams& params, QuantizedShared<El
       if (first + kTileTokens > all_visible) {
 #pragma unroll
         for (int k = 0; k < kScores; ++k) {
-          const int row = blockIdx.y * params.block_rows + at.column(k / 4 * 2 + k % 2);
+          const int row = at.column(k / 4 * 2 + k % 2);
           const int query_index = min(query_of_row(params, row), queries - 1);
           const int last_visible = params.causal ? seq_len - queries + query_index : seq_len - 1;
           if (first + at.row() + k / 2 % 2 * 8 > last_visible) score[k] = -INFINITY;
@@ -188,7 +188,7 @@ __device__ void consume_quantized(const DecodeParams& params, QuantizedShared<El
       if (at.lane < 4) shared.exchange[group][at.warp][at.column(c)] = sum[c];
     }
     meet(1);
-    const Rows<Element> results(params, piece, blockIdx.y);
+    const Rows<Element> results(params, piece, 0);
     if (const int row = ptx::thread_index(); row < kN) {
       const float peak = fmaxf(shared.reference[0][row], shared.reference[1][row]);
       float total = 0, weight[2];
@@ -283,18 +283,18 @@ __global__ void __launch_bounds__(kThreads, 1)
               if (block < kColumnBlocks) {
                 const bool rope = block == kLatentDim / 64;
                 ptx::tma_load(&shared.query[stage][block], rope ? &maps.rope_query : &maps.latent_query,
-                              rope ? 0 : block * 64, first_head(params), token, shared.queries.full[stage]);
+                              rope ? 0 : block * 64, 0, token, shared.queries.full[stage]);
               }
             },
             [&](int stage, const Piece& piece) {
               const auto place = [&](int row, int chunk) {
                 return ptx::shared_address(shared.query[stage][chunk / 8]) + swizzled_128(row, chunk % 8);
               };
-              const int first = blockIdx.y * params.block_rows, last = min(first + params.block_rows, piece.rows(params));
+              const int rows = piece.rows(params);
               copy_rows<kLatentDim / 8>(params, query_latent<Element>(params, piece), params.q_nope_token_stride,
-                                        params.q_nope_head_stride, first, last, place);
+                                        params.q_nope_head_stride, 0, rows, place);
               copy_rows<kRopeDim / 8>(params, query_rope<Element>(params, piece), params.q_pe_token_stride,
-                                      params.q_pe_head_stride, first, last,
+                                      params.q_pe_head_stride, 0, rows,
                                       [&](int row, int chunk) { return place(row, kLatentDim / 8 + chunk); });
             });
       },

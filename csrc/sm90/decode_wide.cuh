@@ -12,9 +12,12 @@
 //
 // The two warpgroups of a block have different rows where there are 128, and take turns with the tiles where there are 64;
 // then they add up their results at the end. While one computes a softmax, the other keeps the tensor cores busy.
+//
+// With 128 rows it also serves caches of float8 numbers, which become bfloat16 or float16 before (csrc/sm90/converted.cuh).
 #pragma once
 
 #include "combine.cuh"
+#include "converted.cuh"
 
 namespace mla_backend::sm90 {
 
@@ -23,17 +26,46 @@ constexpr int kLatentBlocks = kBlockLatent / 64;
 constexpr int kHalfTokens = kTileTokens / 2;
 constexpr int kTurnBarrier = kQueriesBarrier + 1;  // and the next one: it is warpgroup 0's or 1's turn
 
+// A block of query rows in shared memory. Over a quantised cache there is no room for all: of kHeldBlocks blocks of latent columns,
+// the first, and of the rotary ones, what registers can hold comes to them from memory, and the rest to `few`.
+template <typename Element, int kRows, bool kQuantized>
+struct WideQuery {
+  static constexpr int kHeldBlocks = 0;
+  Element latent[kLatentBlocks][kRows][64];
+  Element rope[kRows][kBlockRope];
+  __device__ Element* rope_rows() { return rope[0]; }
+};
+
 template <typename Element, int kRows>
-struct alignas(1024) WideShared {
+struct WideQuery<Element, kRows, true> {
+  static constexpr int kHeldBlocks = kLatentBlocks / 2;
+  Element latent[kLatentBlocks - kHeldBlocks][kRows][64];
+  Element few[kRows][16];
+  __device__ Element* rope_rows() { return nullptr; }
+};
+
+// This block's half of a tile's columns, as the mathematics takes them or as they are cached.
+template <typename Number>
+struct HalfTile {
+  static constexpr int kBlockColumns = 128 / sizeof(Number), kBlocks = kBlockLatent / kBlockColumns;
+  ColumnBlock<Number> latent[kBlocks];
+  Number rope[kTileTokens][kBlockRope];
+};
+
+// Tiles of a quantised cache, which are converted.
+template <typename Cached>
+struct QuantizedTiles {
+  HalfTile<Cached> quantized[2];
+};
+
+template <typename Element_, typename Cached_, int kRows>
+struct alignas(1024) WideShared : std::conditional_t<sizeof(Cached_) == 1, QuantizedTiles<Cached_>, Nothing> {
+  using Element = Element_;
+  using Cached = Cached_;
+  static constexpr bool kQuantized = sizeof(Cached) == 1;
   static constexpr int kStages = kRows == 128 ? 3 : 4;
-  struct {
-    Element latent[kLatentBlocks][kRows][64];
-    Element rope[kRows][kBlockRope];
-  } query;
-  struct {
-    ColumnBlock<Element> latent[kLatentBlocks];
-    Element rope[kTileTokens][kBlockRope];
-  } tile[kStages];
+  WideQuery<Element, kRows, kQuantized> query;
+  HalfTile<Element> tile[kStages];
   // What the same warpgroups of the other block send: scores, probabilities and what they are relative to, and two numbers
   // of which both need to know the other's. Scores and probabilities take turns, so that whoever sends either has read those
   // of the other kind but the last: two of each are enough.
@@ -48,6 +80,28 @@ struct alignas(1024) WideShared {
   SplitPieces split;
   Pipeline<kStages> tiles;
   Pipeline<1> queries;
+  struct Converting {
+    Pipeline<2> tiles;   // that have not been converted
+    int tokens[2];       // of the tile in a stage, to be converted: 64 or more, fewer or, when there are no more tiles, none
+    uint64_t announced;  // that `work` says what the next piece is
+  };
+  std::conditional_t<kQuantized, Converting, Nothing> converting;
+
+  // What the copy engine brings tiles to.
+  __device__ auto& brought_tile(int stage) {
+    if constexpr (kQuantized) {
+      return this->quantized[stage];
+    } else {
+      return tile[stage];
+    }
+  }
+  __device__ auto& brought_tiles() {
+    if constexpr (kQuantized) {
+      return converting.tiles;
+    } else {
+      return tiles;
+    }
+  }
 };
 
 // Of scores the upper 24 bits are sent, because the way from block to block is narrow: four in three words, of which each holds
@@ -72,9 +126,9 @@ __device__ __forceinline__ void add_packed_scores(float* score, const uint32_t* 
 // it have all significant bits.
 constexpr float kLeastHalf = 1.f / 256, kMostHalf = 32768;
 
-template <typename Element, int kRows>
+template <typename Element, typename Cached, int kRows>
 class WideConsumer {
-  using Shared = WideShared<Element, kRows>;
+  using Shared = WideShared<Element, Cached, kRows>;
   static constexpr bool kSharesRows = kRows == 64;         // both warpgroups have the same rows, and take turns with the tiles
   static constexpr int kTilesApart = kSharesRows ? 2 : 1;  // of a warpgroup
   static constexpr int kGroups = 4;                        // of a worker
@@ -90,11 +144,15 @@ class WideConsumer {
         distance(ptx::in_block(&shared, 1 - rank) - ptx::shared_address(&shared)),
         group(ptx::uniform(threadIdx.x / 128)),
         thread(threadIdx.x % 128),
-        scale_log2(params.softmax_scale * kLog2E) {}
+        scale_log2(params.softmax_scale * kLog2E * (Shared::kQuantized ? *params.kv_scale : 1)) {}
 
   __device__ __forceinline__ void run() {
     if (!kSharesRows && group == 1) give_turn();
     for (;; ++pieces_done) {
+      if constexpr (Shared::kQuantized) {
+        ptx::mbarrier_wait(&shared.converting.announced, pieces_done & 1);
+        if (piece().tiles() > 0) hold_queries_from_memory();
+      }
       shared.queries.wait_full(pieces_done);
       const int piece_tiles = piece().tiles();
       if (piece_tiles == 0) break;
@@ -145,7 +203,7 @@ class WideConsumer {
   __device__ __forceinline__ void attend() {
     all_visible = visible_to(0);
     keys_place = values_place = tiles_before + in_piece(0);
-    hold_queries();
+    if constexpr (!Shared::kQuantized) hold_queries();
 #pragma unroll
     for (int i = 0; i < 2; ++i) reference[i] = -INFINITY, sum[i] = 0;
 
@@ -190,6 +248,7 @@ class WideConsumer {
       start_values(out, probability, tiles - 1);
       finish_values(out);
     }
+    const float value_scale = Shared::kQuantized ? ptx::load_anew(params.kv_scale) : 1;
     if (tiles > 0) {
 #pragma unroll
       for (int i = 0; i < 2; ++i) sum[i] = quad_sum(sum[i]);
@@ -202,7 +261,7 @@ class WideConsumer {
     } else {
       float factor[2];
 #pragma unroll
-      for (int i = 0; i < 2; ++i) factor[i] = sum[i] > 0 ? ptx::reciprocal(sum[i]) : 0;
+      for (int i = 0; i < 2; ++i) factor[i] = sum[i] > 0 ? value_scale * ptx::reciprocal(sum[i]) : 0;
 #pragma unroll
       for (int j = 0; j < 128; ++j) out[j] *= factor[j / 2 % 2];
     }
@@ -221,12 +280,20 @@ class WideConsumer {
   // Scores are products of 16 latent or rotary numbers at a time. With both factors in shared memory a product of 64 columns leaves
   // no bandwidth there for anybody else, so registers hold the queries of both rotary steps, and of as many latent ones as there
   // are registers for with 128 rows. No two of the others follow each other, and a rotary one is last.
-  static constexpr int kLatentSteps = kBlockLatent / 16, kHeldSteps = 9;
+  static constexpr int kHeldBlocks = decltype(Shared::query)::kHeldBlocks;
+  static constexpr int kLatentSteps = kBlockLatent / 16, kHeldSteps = kHeldBlocks > 0 ? kHeldBlocks * 4 : 9;
+  static constexpr int kInRegisters = Shared::kQuantized ? kHeldSteps - 1 : kHeldSteps;  // of them; the last one is in `few`
   __device__ static constexpr int not_held_before(int step) {
     return (step * (kLatentSteps - kHeldSteps) + kLatentSteps / 4) / kLatentSteps;
   }
   __device__ static constexpr bool is_held(int step) { return not_held_before(step) == not_held_before(step + 1); }
   __device__ static constexpr int held_before(int step) { return step - not_held_before(step); }
+
+  // Which 16 columns a step multiplies: in their order or, where whole blocks are held, theirs and the others' by turns.
+  __device__ static constexpr int sixteen_of(int step) {
+    if (kHeldBlocks == 0) return step;
+    return is_held(step) ? held_before(step) : kHeldSteps + not_held_before(step);
+  }
 
   __device__ __forceinline__ void hold_queries() {
     // The first factor of a product as wgmma wants it of a thread: two rows, and in each two neighbours of every eight columns.
@@ -244,6 +311,50 @@ class WideConsumer {
     for (int step = 0; step < kLatentSteps; ++step) {
       if (is_held(step)) hold(&held_latent[held_before(step) * 4], shared.query.latent[step / 4], step % 4 * 2, swizzled_128);
     }
+  }
+
+  // The same where they come from memory. All are asked for before any is needed; rows past the request's are zeros.
+  __device__ __forceinline__ void hold_queries_from_memory() {
+    const Piece& piece = this->piece();
+    const int last_row = min(static_cast<int>(blockIdx.y + 1) * params.block_rows, piece.rows(params));
+    uint32_t few[4];
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const int row = first_row() + own_row() + 8 * i, query = query_of_row(params, row), head = row - query * params.heads;
+      const bool exists = row < last_row;
+      const auto hold = [&](uint32_t* held, const Element* from) {
+#pragma unroll
+        for (int half = 0; half < 2; ++half) held[i + half * 2] = exists ? load_pair(from + half * 8) : 0;
+      };
+      const Element* latent = query_latent<Element>(params, piece) + query * params.q_nope_token_stride +
+                              head * params.q_nope_head_stride + rank * kBlockLatent + own_column();
+      const Element* rope = query_rope<Element>(params, piece) + query * params.q_pe_token_stride +
+                            head * params.q_pe_head_stride + rank * kBlockRope + own_column();
+#pragma unroll
+      for (int step = 0; step < kBlockRope / 16; ++step) hold(&held_rope[step * 4], rope + step * 16);
+#pragma unroll
+      for (int step = 0; step < kInRegisters; ++step) hold(&held_latent[step * 4], latent + step * 16);
+      hold(few, latent + kInRegisters * 16);
+    }
+    char* const columns = reinterpret_cast<char*>(shared.query.few) + own_column() * sizeof(Element);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      *reinterpret_cast<uint32_t*>(columns + swizzled_32(group_row() + own_row() + i % 2 * 8, i / 2)) = few[i];
+    }
+    ptx::fence_proxy_async();
+    ptx::named_barrier_sync<128>(kGroupBarrier + group);
+  }
+
+  __device__ __forceinline__ uint64_t few_queries() const {
+    if constexpr (!Shared::kQuantized) return 0;
+    else return ptx::Matrix(ptx::shared_address(shared.query.few) + group_row() * 32, 0, 256, ptx::Swizzle::k32Bytes).at(0);
+  }
+
+  // Two neighbours in a row, which may start anywhere.
+  __device__ __forceinline__ uint32_t load_pair(const Element* from) const {
+    if (params.queries_are_vectors) return *reinterpret_cast<const uint32_t*>(from);
+    const uint16_t* elements = reinterpret_cast<const uint16_t*>(from);
+    return elements[0] | static_cast<uint32_t>(elements[1]) << 16;
   }
 
   // The warpgroups compute scores in turn, in both blocks in the same order, so that none waits for scores that the other
@@ -264,12 +375,15 @@ class WideConsumer {
     ptx::wgmma_fence();
 #pragma unroll
     for (int step = 0; step < kLatentSteps; ++step) {
-      const uint32_t inner = step % 4 * 32;
-      const uint64_t key = k.at(step / 4 * sizeof(keys.latent[0]) + inner);
-      if (is_held(step)) {
+      const int sixteen = sixteen_of(step), block = sixteen / 4;
+      const uint32_t inner = sixteen % 4 * 32;
+      const uint64_t key = k.at(block * sizeof(keys.latent[0]) + inner);
+      if (is_held(step) && held_before(step) < kInRegisters) {
         ptx::wgmma<Element>(score, held_latent + held_before(step) * 4, key, step > 0);
+      } else if (is_held(step)) {
+        ptx::wgmma<Element>(score, few_queries(), key, step > 0);
       } else {
-        ptx::wgmma<Element>(score, q.at(step / 4 * sizeof(shared.query.latent[0]) + inner), key, step > 0);
+        ptx::wgmma<Element>(score, q.at((block - kHeldBlocks) * sizeof(shared.query.latent[0]) + inner), key, step > 0);
       }
       if (step % 8 == 7) ptx::wgmma<Element>(score, held_rope + step / 8 * 4, k_rope.at(step / 8 * 32), 1);
     }
@@ -294,7 +408,7 @@ class WideConsumer {
   // Add probabilities times values of a tile to the output.
   __device__ __forceinline__ void start_values(float (&out)[128], const uint32_t (&probability)[16], int tile) {
     auto& latent = shared.tile[ptx::uniform(values_place.stage)].latent;
-    if (const int valid = tokens - token(tile); valid < kTileTokens) {
+    if (const int valid = tokens - token(tile); !Shared::kQuantized && valid < kTileTokens) {
       clear_rows_from(valid, latent, kGroupBarrier + group, rank * kHalfTokens);
     }
     const ptx::Matrix values(ptx::shared_address(latent), sizeof(ColumnBlock<Element>), 1024);
@@ -649,7 +763,7 @@ class WideConsumer {
   const int group, thread;
   const float scale_log2;  // scores in base 2: exp2 is one instruction
 
-  uint32_t held_rope[kBlockRope / 4], held_latent[kHeldSteps * 4];
+  uint32_t held_rope[kBlockRope / 4], held_latent[kInRegisters * 4];
   int tokens;            // of the request, from the piece's first on
   int all_visible;       // of them, to all of this warpgroup's rows
   int tiles;             // the warpgroup's of this piece
@@ -660,60 +774,84 @@ class WideConsumer {
   float reference[2], sum[2], own_reference[2], own_sum[2];
 };
 
-template <typename Element, int kRows>
+template <typename Element, typename Cached, int kRows>
 __global__ void __cluster_dims__(2) __launch_bounds__(kThreads, 1)
     decode_wide_kernel(const __grid_constant__ DecodeParams params, const __grid_constant__ TensorMaps maps) {
-  auto& shared = shared_memory<WideShared<Element, kRows>>();
+  using Shared = WideShared<Element, Cached, kRows>;
+  constexpr bool kQuantized = Shared::kQuantized;
+  auto& shared = shared_memory<Shared>();
   const int rank = ptx::cluster_rank();
-  run_roles<240, 24>(  // 168 for each of 384 threads
+  constexpr bool kHandsOver = kQuantized && kLongConversion<Element>;
+  run_roles<kHandsOver ? 232 : 240, kHandsOver ? 40 : 24, kQuantized>(  // 168 for each of 384 threads
       params, blockIdx.x / 2,
       [&](Pieces& pieces, int warp) {
-        bring_tiles<2>(params, pieces, shared.tiles, (kBlockLatent + kBlockRope) * sizeof(Element),
-                       [&](int stage, int token, int page, int page_row, auto tma_load) {
-                         auto& tile = shared.tile[stage];
-                         const int tile_row = token ^ rank * kHalfTokens;  // the own tokens first
-                         uint64_t* full = shared.tiles.full[stage];
-                         const int block = threadIdx.x % 32;
-                         if (block <= kLatentBlocks) {
-                           const bool rope = block == kLatentBlocks;
-                           tma_load(rope ? &tile.rope[tile_row][0] : &tile.latent[block][tile_row][0],
-                                    rope ? &maps.rope : &maps.latent,
-                                    rope ? kLatentDim + rank * kBlockRope : rank * kBlockLatent + block * 64, page_row, page, full);
-                         }
-                       },
-                       warp);
+        if constexpr (kQuantized) {
+          if (warp > 0) return convert_tiles(shared, warp - 1, rank);
+        }
+        using Tile = HalfTile<Cached>;
+        const int end = bring_tiles<kQuantized ? 1 : 2>(
+            params, pieces, shared.brought_tiles(), (kBlockLatent + kBlockRope) * sizeof(Cached),
+            [&](int stage, int token, int page, int page_row, auto tma_load) {
+              auto& tile = shared.brought_tile(stage);
+              const int tile_row = token ^ rank * kHalfTokens;  // the own tokens first
+              uint64_t* full = shared.brought_tiles().full[stage];
+              const int block = threadIdx.x % 32;
+              if (block <= Tile::kBlocks) {
+                const bool rope = block == Tile::kBlocks;
+                tma_load(rope ? &tile.rope[tile_row][0] : &tile.latent[block][tile_row][0], rope ? &maps.rope : &maps.latent,
+                         rope ? kLatentDim + rank * kBlockRope : rank * kBlockLatent + block * Tile::kBlockColumns, page_row, page,
+                         full);
+              }
+            },
+            warp,
+            [&](int stage, int tokens) {
+              if constexpr (kQuantized) announce_tile(shared, stage, tokens);
+            });
+        if constexpr (kQuantized) end_tiles(shared, end);
       },
       [&](Pieces& pieces) {
-        bring_queries<2>(
+        constexpr int kHeldBlocks = decltype(Shared::query)::kHeldBlocks, kBlocks = kLatentBlocks - kHeldBlocks;
+        constexpr int kFirst = kHeldBlocks * 64, kRope = kQuantized ? 0 : kBlockRope;
+        const auto announce = [&] {
+          if constexpr (kQuantized) ptx::mbarrier_arrive(&shared.converting.announced);
+        };
+        bring_queries<kQuantized ? 1 : 2>(
             params, pieces, shared.queries, shared.work, shared.split,
-            params.block_rows * (kBlockLatent + kBlockRope) * sizeof(Element),
+            params.block_rows * (kBlockLatent - kFirst + kRope) * sizeof(Element),
             [&](int, int token) {
               const int block = ptx::thread_index() % 32;  // read anew, as this warp has 24 registers
-              if (block <= kLatentBlocks) {
-                const bool rope = block == kLatentBlocks;
-                ptx::tma_load(rope ? &shared.query.rope[0][0] : &shared.query.latent[block][0][0],
+              if (block < kBlocks + (kRope > 0)) {
+                const bool rope = block == kBlocks;
+                ptx::tma_load(rope ? shared.query.rope_rows() : &shared.query.latent[block][0][0],
                               rope ? &maps.rope_query : &maps.latent_query,
-                              rank * (rope ? kBlockRope : kBlockLatent) + (rope ? 0 : block * 64), 0, token,
+                              rank * (rope ? kBlockRope : kBlockLatent) + (rope ? 0 : kFirst + block * 64), 0, token,
                               shared.queries.full[0]);
               }
             },
             [&](int, const Piece& piece) {
               const int first_row = blockIdx.y * params.block_rows;
               const int last_row = min(first_row + params.block_rows, piece.rows(params));
-              copy_rows<kBlockLatent / 8>(
-                  params, query_latent<Element>(params, piece) + rank * kBlockLatent, params.q_nope_token_stride,
+              copy_rows<kBlocks * 8>(
+                  params, query_latent<Element>(params, piece) + rank * kBlockLatent + kFirst, params.q_nope_token_stride,
                   params.q_nope_head_stride, first_row, last_row, [&](int row, int chunk) {
                     return ptx::shared_address(shared.query.latent[chunk / 8]) + swizzled_128(row, chunk % 8);
                   });
+              if (kRope == 0) return;
               copy_rows<kBlockRope / 8>(
                   params, query_rope<Element>(params, piece) + rank * kBlockRope, params.q_pe_token_stride,
                   params.q_pe_head_stride, first_row, last_row,
-                  [&](int row, int chunk) { return ptx::shared_address(shared.query.rope) + swizzled_64(row, chunk); });
-            });
+                  [&](int row, int chunk) { return ptx::shared_address(shared.query.rope_rows()) + swizzled_64(row, chunk); });
+            },
+            announce);
       },
       [&] {
         maps.prefetch();
-        shared.tiles.initialise(2, kRows / 64);
+        // Two warps bring them; of those that convert them all lanes have written.
+        shared.tiles.initialise(kQuantized ? 32 * kConvertingWarps : 2, kRows / 64);
+        if constexpr (kQuantized) {
+          shared.converting.tiles.initialise(1, kConvertingWarps);
+          ptx::mbarrier_init(&shared.converting.announced, 32);
+        }
         shared.queries.initialise(32, kMathThreads);
         for (int i = 0; i < 2; ++i) {
           for (int slot = 0; slot < 2; ++slot) {
@@ -724,7 +862,7 @@ __global__ void __cluster_dims__(2) __launch_bounds__(kThreads, 1)
         }
         ptx::mbarrier_init(&shared.met, kMathThreads);
       },
-      [&] { WideConsumer<Element, kRows>(params, shared).run(); }, [] { ptx::cluster_sync(); },
+      [&] { WideConsumer<Element, Cached, kRows>(params, shared).run(); }, [] { ptx::cluster_sync(); },
       [&] { clear_rows<Element>(params); });
   ptx::cluster_sync();  // until then the other block may still store into this one
 }

@@ -30,6 +30,13 @@ __device__ __forceinline__ uint4 load_shared(uint32_t address) {
   return value;
 }
 
+// A load that is asked for here, even where the same has been asked for before.
+__device__ __forceinline__ float load_anew(const float* from) {
+  float value;
+  asm volatile("ld.global.f32 %0, [%1];" : "=f"(value) : "l"(from));
+  return value;
+}
+
 // Loads that are asked for in this order, whatever is needed first.
 __device__ __forceinline__ void load_if(bool condition, float& value, const float* from) {
   asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %2, 0;\n@p ld.global.f32 %0, [%1];\n}\n"
@@ -332,10 +339,10 @@ __device__ __forceinline__ void keep(uint32_t (&registers)[kCount]) {
   for (int i = 0; i < kCount; ++i) asm volatile("" : "+r"(registers[i]));
 }
 
-// Matrix descriptor of an operand in rows of 128 bytes with the 128-byte swizzle, or of 64 with the 64-byte swizzle (PTX
-// ISA, "Matrix descriptor format"). K-major operands: `leading` is unused and `stride` goes from 8 rows to the next 8.
+// Matrix descriptor of an operand in rows of 128, 64 or 32 bytes with the swizzle of that width (PTX ISA, "Matrix descriptor
+// format"). K-major operands: `leading` is unused and `stride` goes from 8 rows to the next 8.
 // MN-major operands: `leading` goes from 64 columns to the next 64, `stride` from 8 rows of K to the next 8.
-enum class Swizzle : uint64_t { k128Bytes = 1, k64Bytes = 2 };
+enum class Swizzle : uint64_t { k128Bytes = 1, k64Bytes = 2, k32Bytes = 3 };
 
 struct Matrix {
   uint64_t descriptor;

@@ -23,6 +23,9 @@ __device__ __forceinline__ uint32_t swizzled_128(int row, int chunk) { return ro
 // The same in rows of 64 bytes with the 64-byte swizzle.
 __device__ __forceinline__ uint32_t swizzled_64(int row, int chunk) { return row * 64 + ((chunk ^ (row >> 1 & 3)) << 4); }
 
+// And in rows of 32 bytes with the 32-byte swizzle.
+__device__ __forceinline__ uint32_t swizzled_32(int row, int chunk) { return row * 32 + ((chunk ^ (row >> 2 & 1)) << 4); }
+
 // How the copy engine reads the cache, [pages, page_size, 576], and the queries, [tokens, heads, 512] and [tokens, heads, 64].
 // `latent` reads 128 bytes of columns at a time; those of `rope` are for kernels that read fewer rotary columns at a time.
 struct TensorMaps {
@@ -76,15 +79,23 @@ struct Pipeline {
 // a look at the clock before every tile, which 128 rows feel.)
 constexpr int kHeadStart = 1000;
 
+// Called where a kernel has nothing to say.
+struct Nothing {
+  template <typename... Arguments>
+  __device__ void operator()(Arguments...) const {}
+};
+
 // A tile warp: bring the tiles of this worker's share, stage after stage, as consumers empty them. `load(stage, token, page,
 // page_row, tma_load)` starts the copies of a box of tokens with that function, each by a lane of its own, `token_bytes` for each
 // token. This is number `warp` of kWarps tile warps, which bring boxes in turn, as to start a copy takes a warp about 80 clocks.
 //
 // Every instruction up to the first copy is waited for, as nobody has needed it before, so there are as few as can be: the code
 // has one copy for all lanes, with either policy, and nothing is unrolled.
-template <int kWarps, typename Pipeline, typename Load>
-__device__ __forceinline__ void bring_tiles(const DecodeParams& params, Pieces& pieces, Pipeline& pipeline, int token_bytes,
-                                            Load load, int warp = 0) {
+//
+// For those who need to know, `announce(stage, tokens)` says how many tokens of the request there are from a tile on. Returns how many tiles.
+template <int kWarps, typename Pipeline, typename Load, typename Announce = Nothing>
+__device__ __forceinline__ int bring_tiles(const DecodeParams& params, Pieces& pieces, Pipeline& pipeline, int token_bytes,
+                                           Load load, int warp = 0, Announce announce = {}) {
   const bool evict_first = pieces.read_little_once();
   const int lane = threadIdx.x % 32;
   const int shift = params.box_shift, box_tokens = 1 << shift, tile_boxes = kTileTokens >> shift;
@@ -113,6 +124,7 @@ __device__ __forceinline__ void bring_tiles(const DecodeParams& params, Pieces& 
       pipeline.wait_empty(number);
       if (number == 0) ptx::named_barrier_sync<32 * (1 + kWarps)>(kQueriesBarrier);  // the copy engine's first queries come first
       // Both warps arrive, even where one has no box to bring, or it could fall behind by a round of stages.
+      announce(stage, seq_len - first);
       if (lane < Pipeline::kParts) {
         uint64_t* const full = &pipeline.full[stage][lane];
         warp == 0 ? ptx::mbarrier_arrive_expect_tx(full, tokens * (token_bytes / Pipeline::kParts)) : ptx::mbarrier_arrive(full);
@@ -133,6 +145,7 @@ __device__ __forceinline__ void bring_tiles(const DecodeParams& params, Pieces& 
       if (number == 0) ptx::wait_clocks(kHeadStart);
     }
   }
+  return number;
 }
 
 template <typename Element>
@@ -143,12 +156,6 @@ __device__ __forceinline__ const Element* query_latent(const DecodeParams& param
 template <typename Element>
 __device__ __forceinline__ const Element* query_rope(const DecodeParams& params, const Piece& piece) {
   return static_cast<const Element*>(params.q_pe) + piece.first_token * params.q_pe_token_stride;
-}
-
-// The head that a block of query rows begins with, where blocks are parts of a token.
-__device__ __forceinline__ int first_head(const DecodeParams& params) {
-  const int first_row = blockIdx.y * params.block_rows;
-  return first_row - query_of_row(params, first_row) * params.heads;
 }
 
 // Bring kChunks x 8 columns of a block of query rows, [tokens, heads, columns] from `from` on, to where place(row, chunk)
@@ -183,9 +190,11 @@ constexpr uint32_t kAllStarted = 1 << 20;
 //
 // The first queries that the copy engine brings are asked for before the first tile. Behind it they would come as late as it,
 // nearly 2 us later. For those that this warp copies no tile waits.
-template <int kTileWarps, int kStages, typename Load, typename Copy>
+//
+// All lanes call `announce` when `work` says what the piece is, before its queries have come.
+template <int kTileWarps, int kStages, typename Load, typename Copy, typename Announce = Nothing>
 __device__ void bring_queries(const DecodeParams& params, Pieces& pieces, Pipeline<kStages>& pipeline, Piece (&work)[kStages],
-                              SplitPieces& split, int bytes, Load load, Copy copy) {
+                              SplitPieces& split, int bytes, Load load, Copy copy, Announce announce = {}) {
   const int lane = threadIdx.x % 32;
   int number = 0, split_pieces = 0;
   Piece piece;
@@ -207,6 +216,7 @@ __device__ void bring_queries(const DecodeParams& params, Pieces& pieces, Pipeli
     }
     if (number == 0) ptx::named_barrier_arrive<32 * (1 + kTileWarps)>(kQueriesBarrier);
     if (lane == 0) work[stage] = piece;
+    announce();
     if (piece.combined()) {
       if (lane == 0) split.piece[split_pieces] = piece;
       ++split_pieces;
@@ -231,6 +241,7 @@ __device__ void bring_queries(const DecodeParams& params, Pieces& pieces, Pipeli
   pipeline.wait_empty(number);
   if (lane == 0) work[stage] = {};
   if (lane == 0) split.count = split_pieces;
+  announce();
   ptx::mbarrier_arrive(pipeline.full[stage]);
 }
 
@@ -399,8 +410,10 @@ __device__ __forceinline__ void prefetch_code() {
 // As little as can be comes before: instructions that nobody has run yet come from memory, and those up to the first copy are what
 // everybody waits for. One thread runs `initialise`, for the mbarriers, while whoever brings something looks up the schedule; then
 // all `meet`, a barrier of all threads that use those.
-template <int kMathRegisters, int kOtherRegisters, typename Tiles, typename Queries, typename Initialise, typename Consume,
-          typename Meet, typename Rest>
+//
+// With kThreeTileWarps there are three for tiles, and the third one has done first what is left for the rest.
+template <int kMathRegisters, int kOtherRegisters, bool kThreeTileWarps = false, typename Tiles, typename Queries,
+          typename Initialise, typename Consume, typename Meet, typename Rest>
 __device__ void run_roles(const DecodeParams& params, int share, Tiles tiles, Queries queries, Initialise initialise,
                           Consume consume, Meet meet, Rest rest) {
   const int warp = ptx::uniform(threadIdx.x / 32) - kMathThreads / 32;
@@ -415,7 +428,11 @@ __device__ void run_roles(const DecodeParams& params, int share, Tiles tiles, Qu
   } else {
     ptx::setmaxnreg_dec<kOtherRegisters>();
     // In the machine code tiles come first, next to what all have run: they are what everybody waits for.
-    if (warp >= 2) {
+    if constexpr (kThreeTileWarps) {
+      if (warp == 2) return queries(pieces);
+      if (warp == 3) rest();
+      tiles(pieces, min(warp, 2));
+    } else if (warp >= 2) {
       warp == 2 ? queries(pieces) : rest();
     } else {
       tiles(pieces, warp);

@@ -31,9 +31,10 @@ STEPS: list[dict[str, Any]] = [
     {"heads": 40, "query_lens": [1, 2, 0, 3], "padding_rows": 2, "dtype": torch.float16, "quantized": True},
     {"heads": 128, "page_size": 16, "quantized": True},
     {"heads": 81, "seq_lens": [2500], "query_lens": [3], "causal": False, "quantized": True},
+    {"heads": 126, "query_padding": 1, "dtype": torch.float16, "quantized": True},
     *(
         {"heads": heads, "seq_lens": [300, 700] * 70, "query_lens": [1] * 140, "quantized": True}
-        for heads in (16, 32, 64)
+        for heads in (16, 32, 64, 128)
     ),
     # Split, and completed by the workers with the first parts.
     *({"heads": heads, "seq_lens": [300, 700] * 70, "query_lens": [1] * 140} for heads in (16, 32, 64, 128)),

@@ -303,12 +303,6 @@ def test_the_plan_names_wrong_numbers(heads: int, queries: int, longest: int, me
         DecodeSchedule.plan(lengths, heads=heads, max_query_len=queries, max_seq_len=longest)
 
 
-def test_the_plan_names_too_many_blocks_of_rows() -> None:
-    lengths = torch.ones(2, dtype=torch.int32, device="cuda")
-    with pytest.raises(RuntimeError, match="max_query_len is 40000 with 128 heads, wanted at most 32767 over a quan"):
-        DecodeSchedule.plan(lengths, heads=128, max_query_len=40000, max_seq_len=1, quantized=True)
-
-
 def test_the_plan_names_wrong_lengths() -> None:
     with pytest.raises(RuntimeError, match="seq_lens is Long, wanted Int"):
         DecodeSchedule.plan(torch.ones(2, dtype=torch.int64, device="cuda"), heads=16, max_query_len=1, max_seq_len=1)

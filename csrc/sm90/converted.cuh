@@ -1,0 +1,120 @@
+// A quantised cache, of float8 numbers (e4m3), for the wide kernel: tiles become what queries are on the way to the tensor cores.
+//
+// Every float8 number is a bfloat16 and a float16 one. The blocks of a cluster have half of a token's numbers each, for 128 query
+// rows, so a number is converted once for all of them, by warps that do nothing else: from stages that the copy engine fills to
+// stages that the mathematics empties, as if the copy engine had filled those.
+#pragma once
+
+#include "tile.cuh"
+
+namespace mla_backend::sm90 {
+
+constexpr int kConvertingWarps = 2;
+
+// Two float16 numbers are one instruction away from float8, two bfloat16 ones four: loads come further ahead, for which the
+// mathematics hands over registers, which it has with bfloat16.
+template <typename Element>
+constexpr bool kLongConversion = !std::is_same_v<Element, __half>;
+template <typename Element>
+constexpr int kLoadsAhead = kLongConversion<Element> ? 4 : 2;
+
+// Two float16 numbers as Element.
+template <typename Element>
+__device__ __forceinline__ uint32_t from_half(uint32_t two) {
+  if constexpr (std::is_same_v<Element, __half>) return two;
+  const float2 wide = __half22float2(reinterpret_cast<const __half2&>(two));
+  return pack<Element>(wide.x, wide.y);
+}
+
+// Sixteen float8 numbers as Element, to two chunks of shared memory.
+template <typename Element>
+__device__ __forceinline__ void store_converted(uint32_t first, uint32_t second, const uint4& numbers) {
+  const uint32_t four[4] = {numbers.x, numbers.y, numbers.z, numbers.w};
+  uint32_t two[8];
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    ptx::half_of_fp8(four[i], two[i * 2], two[i * 2 + 1]);
+    two[i * 2] = from_half<Element>(two[i * 2]), two[i * 2 + 1] = from_half<Element>(two[i * 2 + 1]);
+  }
+  ptx::store_shared(first, make_uint4(two[0], two[1], two[2], two[3]));
+  ptx::store_shared(second, make_uint4(two[4], two[5], two[6], two[7]));
+}
+
+// Convert kRounds chunks of a lane, the i-th from from(i) to to(i) and the chunk beside that.
+template <typename Element, int kRounds, typename From, typename To>
+__device__ __forceinline__ void convert_chunks(From from, To to) {
+  constexpr int kAhead = kRounds < kLoadsAhead<Element> ? kRounds : kLoadsAhead<Element>;
+  uint4 chunk[kAhead];
+#pragma unroll
+  for (int i = 0; i < kAhead; ++i) chunk[i] = ptx::load_shared(from(i));
+#pragma unroll
+  for (int i = 0; i < kRounds; ++i) {
+    store_converted<Element>(to(i), (to(0) ^ 16) + (to(i) - to(0)), chunk[i % kAhead]);
+    if (i + kAhead < kRounds) chunk[i % kAhead] = ptx::load_shared(from(i + kAhead));
+  }
+}
+
+// The warp that brings tiles says to those that convert them: how many tokens the one in this stage has.
+template <typename Shared>
+__device__ void announce_tile(Shared& shared, int stage, int tokens) {
+  if (threadIdx.x % 32 == 0) shared.converting.tokens[stage] = tokens;
+}
+
+// And that there are no more than `count` tiles.
+template <typename Shared>
+__device__ void end_tiles(Shared& shared, int count) {
+  auto& tiles = shared.converting.tiles;
+  tiles.wait_empty(count);
+  announce_tile(shared, tiles.stage(count), 0);
+  if (threadIdx.x % 32 == 0) ptx::mbarrier_arrive(tiles.full[tiles.stage(count)]);
+}
+
+// A converting warp, number `warp` of kConvertingWarps: convert its half of the columns of all tiles that this worker brings. What
+// lies past a request's last token becomes zeros, as it would meet probability 0, and 0 x NaN is NaN.
+//
+// A lane converts a chunk of 16 numbers at a time, a warp 64 latent columns of 8 tokens, or all rotary ones of 16. Eight lanes
+// beside each other load from all banks of shared memory, and store to all: they have two tokens, in rows whose numbers differ in
+// their lowest bit and in that of 4.
+template <typename Shared>
+__device__ void convert_tiles(Shared& shared, int warp, uint32_t rank) {
+  using Element = typename Shared::Element;
+  constexpr int kEight = 8 * 128;  // bytes of 8 rows of a block of columns
+  // Read anew for each block of columns, as there are few registers.
+  const auto lane = [] { return static_cast<uint32_t>(ptx::thread_index()) % 32; };
+#pragma unroll 1
+  for (int number = 0;; ++number) {
+    const int from_stage = shared.converting.tiles.stage(number), to_stage = shared.tiles.stage(number);
+    const auto& from = shared.quantized[from_stage];
+    auto& to = shared.tile[to_stage];
+    shared.converting.tiles.wait_full(number);
+    // By the lane that releases the stage: only that it has read is known to who writes.
+    const int tokens = ptx::uniform(lane() == 0 ? shared.converting.tokens[from_stage] : 0);
+    if (tokens == 0) break;
+    shared.tiles.wait_empty(number);
+#pragma unroll 1
+    for (int block = 0; block < 2; ++block) {
+      const uint32_t row = lane() / 8 ^ lane() / 4 % 2 * 5, chunk = lane() % 4;
+      const uint32_t columns = ptx::shared_address(from.latent[warp]) + swizzled_128(row, block * 4 + chunk);
+      const uint32_t to_columns = ptx::shared_address(to.latent[warp * 2 + block]) + swizzled_128(row, chunk * 2);
+      convert_chunks<Element, kTileTokens / 8>([&](int i) { return columns + i * kEight; },
+                                               [&](int i) { return to_columns + i * kEight; });
+      if (tokens >= kTileTokens) continue;
+#pragma unroll 1
+      for (uint32_t to_row = row; to_row < kTileTokens; to_row += 8) {
+        if ((to_row ^ rank * (kTileTokens / 2)) < tokens) continue;
+        const uint32_t first = to_columns + to_row / 8 * kEight;
+        ptx::store_shared(first, make_uint4(0, 0, 0, 0)), ptx::store_shared(first ^ 16, make_uint4(0, 0, 0, 0));
+      }
+    }
+    const uint32_t from_rope = ptx::shared_address(from.rope[warp * (kTileTokens / 2)]) + lane() * 16;
+    const uint32_t to_rope =
+        ptx::shared_address(to.rope[warp * (kTileTokens / 2)]) + swizzled_64(lane() / 2, lane() % 2 * 2);
+    convert_chunks<Element, 2>([&](int i) { return from_rope + i * 512; }, [&](int i) { return to_rope + i * 1024; });
+    ptx::fence_proxy_async();
+    ptx::mbarrier_arrive(shared.tiles.full[to_stage]);
+    __syncwarp();
+    if (lane() == 0) shared.converting.tiles.release(number);
+  }
+}
+
+}  // namespace mla_backend::sm90

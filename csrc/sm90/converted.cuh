@@ -40,20 +40,6 @@ __device__ __forceinline__ void store_converted(uint32_t first, uint32_t second,
   ptx::store_shared(second, make_uint4(two[4], two[5], two[6], two[7]));
 }
 
-// Convert kRounds chunks of a lane, the i-th from from(i) to to(i) and the chunk beside that.
-template <typename Element, int kRounds, typename From, typename To>
-__device__ __forceinline__ void convert_chunks(From from, To to) {
-  constexpr int kAhead = kRounds < kLoadsAhead<Element> ? kRounds : kLoadsAhead<Element>;
-  uint4 chunk[kAhead];
-#pragma unroll
-  for (int i = 0; i < kAhead; ++i) chunk[i] = ptx::load_shared(from(i));
-#pragma unroll
-  for (int i = 0; i < kRounds; ++i) {
-    store_converted<Element>(to(i), (to(0) ^ 16) + (to(i) - to(0)), chunk[i % kAhead]);
-    if (i + kAhead < kRounds) chunk[i % kAhead] = ptx::load_shared(from(i + kAhead));
-  }
-}
-
 // The warp that brings tiles says to those that convert them: how many tokens the one in this stage has.
 template <typename Shared>
 __device__ void announce_tile(Shared& shared, int stage, int tokens) {
@@ -78,40 +64,58 @@ __device__ void end_tiles(Shared& shared, int count) {
 template <typename Shared>
 __device__ void convert_tiles(Shared& shared, int warp, uint32_t rank) {
   using Element = typename Shared::Element;
-  constexpr int kEight = 8 * 128;  // bytes of 8 rows of a block of columns
-  // Read anew for each block of columns, as there are few registers.
+  constexpr int kEight = 8 * 128, kBlock = kTileTokens * 128;  // bytes of 8 rows of a block of columns, and of it
+  constexpr int kEights = kTileTokens / 8, kRounds = 2 * kEights + 2;
+  // Read anew, as there are few registers.
   const auto lane = [] { return static_cast<uint32_t>(ptx::thread_index()) % 32; };
 #pragma unroll 1
   for (int number = 0;; ++number) {
     const int from_stage = shared.converting.tiles.stage(number), to_stage = shared.tiles.stage(number);
     const auto& from = shared.quantized[from_stage];
     auto& to = shared.tile[to_stage];
+    const uint32_t row = lane() / 8 ^ lane() / 4 % 2 * 5, chunk = lane() % 4;
+    const uint32_t from_latent = ptx::shared_address(from.latent[warp]) + swizzled_128(row, chunk);
+    const uint32_t to_latent = ptx::shared_address(to.latent[warp * 2]) + swizzled_128(row, chunk * 2);
+    const auto load = [&](int round) {
+      if (round < 2 * kEights) return ptx::load_shared((from_latent ^ round / kEights * 64) + round % kEights * kEight);
+      return ptx::load_shared(ptx::shared_address(from.rope[warp * (kTileTokens / 2)]) + lane() * 16 + (round - 2 * kEights) * 512);
+    };
+    const auto store = [&](int round, const uint4& numbers) {
+      if (round < 2 * kEights) {
+        const uint32_t offset = round / kEights * kBlock + round % kEights * kEight;
+        store_converted<Element>(to_latent + offset, (to_latent ^ 16) + offset, numbers);
+      } else {
+        const uint32_t rope = ptx::shared_address(to.rope[warp * (kTileTokens / 2)]) + swizzled_64(lane() / 2, lane() % 2 * 2);
+        const uint32_t offset = (round - 2 * kEights) * 1024;
+        store_converted<Element>(rope + offset, (rope ^ 16) + offset, numbers);
+      }
+    };
+    uint4 numbers[kLoadsAhead<Element>];
     shared.converting.tiles.wait_full(number);
     // By the lane that releases the stage: only that it has read is known to who writes.
     const int tokens = ptx::uniform(lane() == 0 ? shared.converting.tokens[from_stage] : 0);
     if (tokens == 0) break;
+#pragma unroll
+    for (int i = 0; i < kLoadsAhead<Element>; ++i) numbers[i] = load(i);
     shared.tiles.wait_empty(number);
+#pragma unroll
+    for (int round = 0; round < kRounds; ++round) {
+      uint4& those = numbers[round % kLoadsAhead<Element>];
+      store(round, those);
+      if (round + kLoadsAhead<Element> < kRounds) those = load(round + kLoadsAhead<Element>);
+      if (round == kEights - 1 || round == kRounds - 1) {
+        if (tokens < kTileTokens) {
 #pragma unroll 1
-    for (int block = 0; block < 2; ++block) {
-      const uint32_t row = lane() / 8 ^ lane() / 4 % 2 * 5, chunk = lane() % 4;
-      const uint32_t columns = ptx::shared_address(from.latent[warp]) + swizzled_128(row, block * 4 + chunk);
-      const uint32_t to_columns = ptx::shared_address(to.latent[warp * 2 + block]) + swizzled_128(row, chunk * 2);
-      convert_chunks<Element, kTileTokens / 8>([&](int i) { return columns + i * kEight; },
-                                               [&](int i) { return to_columns + i * kEight; });
-      if (tokens >= kTileTokens) continue;
-#pragma unroll 1
-      for (uint32_t to_row = row; to_row < kTileTokens; to_row += 8) {
-        if ((to_row ^ rank * (kTileTokens / 2)) < tokens) continue;
-        const uint32_t first = to_columns + to_row / 8 * kEight;
-        ptx::store_shared(first, make_uint4(0, 0, 0, 0)), ptx::store_shared(first ^ 16, make_uint4(0, 0, 0, 0));
+          for (uint32_t to_row = row; to_row < kTileTokens; to_row += 8) {
+            if ((to_row ^ rank * (kTileTokens / 2)) < tokens) continue;
+            const uint32_t first = to_latent + (round == kRounds - 1) * kBlock + to_row / 8 * kEight;
+            ptx::store_shared(first, make_uint4(0, 0, 0, 0)), ptx::store_shared(first ^ 16, make_uint4(0, 0, 0, 0));
+          }
+        }
+        ptx::fence_proxy_async();
+        ptx::mbarrier_arrive(&shared.tiles.full[to_stage][round == kRounds - 1]);
       }
     }
-    const uint32_t from_rope = ptx::shared_address(from.rope[warp * (kTileTokens / 2)]) + lane() * 16;
-    const uint32_t to_rope =
-        ptx::shared_address(to.rope[warp * (kTileTokens / 2)]) + swizzled_64(lane() / 2, lane() % 2 * 2);
-    convert_chunks<Element, 2>([&](int i) { return from_rope + i * 512; }, [&](int i) { return to_rope + i * 1024; });
-    ptx::fence_proxy_async();
-    ptx::mbarrier_arrive(shared.tiles.full[to_stage]);
     __syncwarp();
     if (lane() == 0) shared.converting.tiles.release(number);
   }

@@ -275,7 +275,7 @@ __device__ void consume_narrow(const DecodeParams& params, NarrowShared<Element,
         bool own_outgrown = false;
 #pragma unroll
         for (int k = 0; k < kScores; ++k) {
-          own_outgrown |= power[k] > (reference[k / 4 * 2 + k % 2] == -INFINITY ? 0 : kPatienceFactor);
+          own_outgrown |= power[k] > (reference[k / 4 * 2 + k % 2] == -INFINITY ? 0 : kMostProbability<Factor>);
         }
         outgrown = ptx::named_barrier_any<kMathThreads>(kMathBarrier, own_outgrown);
       }
@@ -291,7 +291,7 @@ __device__ void consume_narrow(const DecodeParams& params, NarrowShared<Element,
           float tile_peak = -INFINITY;
 #pragma unroll
           for (int w = 0; w < 4; ++w) tile_peak = fmaxf(tile_peak, shared.exchange[group][w][at.column(c)]);
-          tile_peak *= scale_log2(c);
+          tile_peak = tile_peak * scale_log2(c) - kReferenceBelow<Factor>;
           const float followed = tile_peak - reference[c] > kPatience ? tile_peak : reference[c];
           const float decay = ptx::exp2(reference[c] - (followed == -INFINITY ? 0 : followed));
           reference[c] = followed;

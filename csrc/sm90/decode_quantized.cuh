@@ -146,7 +146,7 @@ __device__ void consume_quantized(const DecodeParams& params, QuantizedShared<El
         for (int c = 0; c < kColumns; ++c) {
           const float first_power = power[c / 2 * 4 + c % 2], second_power = power[c / 2 * 4 + 2 + c % 2];
           tile_sum[c] = first_power + second_power;
-          outgrown |= fmaxf(first_power, second_power) > (reference[c] == -INFINITY ? 0 : kPatienceFactor);
+          outgrown |= fmaxf(first_power, second_power) > (reference[c] == -INFINITY ? 0 : kMostProbability<__half>);
         }
       };
       // First as if the references could stay, which they nearly always can.
@@ -163,6 +163,7 @@ __device__ void consume_quantized(const DecodeParams& params, QuantizedShared<El
           float tile_peak = -INFINITY;
 #pragma unroll
           for (int w = 0; w < 4; ++w) tile_peak = fmaxf(tile_peak, shared.exchange[group][w][at.column(c)]);
+          tile_peak -= kReferenceBelow<__half>;
           const float followed = tile_peak - reference[c] > kPatience ? tile_peak : reference[c];
           const float decay = ptx::exp2(reference[c] - (followed == -INFINITY ? 0 : followed));
           reference[c] = followed;

@@ -78,7 +78,9 @@ struct alignas(1024) WideShared : std::conditional_t<sizeof(Cached_) == 1, Quant
   uint64_t scores_full[2][2], probabilities_full[2][2], exchanged_full[2], met;
   Piece work[1];
   SplitPieces split;
-  Pipeline<kStages> tiles;
+  // Converted tiles have two parts: the first blocks of the columns whose queries registers hold and of the others, and the rest.
+  // Products begin when the first is there.
+  Pipeline<kStages, kQuantized ? 2 : 1> tiles;
   Pipeline<1> queries;
   struct Converting {
     Pipeline<2> tiles;   // that have not been converted
@@ -369,12 +371,18 @@ class WideConsumer {
     const ptx::Matrix q(ptx::shared_address(shared.query.latent) + group_row() * 128, 0, 1024);
     const ptx::Matrix k(ptx::shared_address(keys.latent), 0, 1024);
     const ptx::Matrix k_rope(ptx::shared_address(keys.rope), 0, 512, ptx::Swizzle::k64Bytes);
-    shared.tiles.wait_full(keys_place);
+    const Place place = keys_place;
+    shared.tiles.wait_full(place);
     keys_place.advance(kTilesApart);
     if (!kSharesRows) take_turn();
     ptx::wgmma_fence();
+    const auto rotary = [&](int step) { ptx::wgmma<Element>(score, held_rope + step * 4, k_rope.at(step * 32), 1); };
 #pragma unroll
     for (int step = 0; step < kLatentSteps; ++step) {
+      if (Shared::kQuantized && step == kLatentSteps / 2) {
+        shared.tiles.wait_full(place, 1);
+        ptx::wgmma_fence();
+      }
       const int sixteen = sixteen_of(step), block = sixteen / 4;
       const uint32_t inner = sixteen % 4 * 32;
       const uint64_t key = k.at(block * sizeof(keys.latent[0]) + inner);
@@ -385,8 +393,9 @@ class WideConsumer {
       } else {
         ptx::wgmma<Element>(score, q.at((block - kHeldBlocks) * sizeof(shared.query.latent[0]) + inner), key, step > 0);
       }
-      if (step % 8 == 7) ptx::wgmma<Element>(score, held_rope + step / 8 * 4, k_rope.at(step / 8 * 32), 1);
+      if (!Shared::kQuantized && step % 8 == 7) rotary(step / 8);
     }
+    if constexpr (Shared::kQuantized) rotary(0), rotary(1);
     ptx::wgmma_commit();
     if (!kSharesRows) give_turn();
     ptx::wgmma_wait<0>();
@@ -458,7 +467,9 @@ class WideConsumer {
 #pragma unroll
     for (int j = 0; j < 16; ++j) peak[j / 2 % 2] = fmaxf(peak[j / 2 % 2], score[j]);
 #pragma unroll
-    for (int i = 0; i < 2; ++i) peak[i] *= scale_log2, own_reference[i] = reference[i], own_sum[i] = 0;
+    for (int i = 0; i < 2; ++i) {
+      peak[i] = peak[i] * scale_log2 - kReferenceBelow<Element>, own_reference[i] = reference[i], own_sum[i] = 0;
+    }
     // A vote is much faster than the shuffles that find the maximum of a row.
     const bool outgrown = peak[0] - reference[0] > kPatience || peak[1] - reference[1] > kPatience;
     if (tile == 0 || __any_sync(~0u, outgrown)) {

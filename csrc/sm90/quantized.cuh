@@ -87,7 +87,11 @@ __device__ __forceinline__ void prepare_queries(Element (&query)[kBlocks][kN][64
           ptx::store_shared(chunk(r, u, i), c);
         }
       }
-      if (lane == 0) scales[first + r * kWarps] = scale * __uint_as_float(reciprocal);
+      if (lane == 0) {
+        // Not 0 where the row is zeros and the scale small: scores that nobody sees are -inf, and 0 x -inf is NaN.
+        const float of_row = scale * __uint_as_float(reciprocal);
+        scales[first + r * kWarps] = of_row == 0 ? copysignf(__uint_as_float(1), scale) : of_row;
+      }
     }
   }
   ptx::fence_proxy_async();

@@ -92,7 +92,8 @@ struct Nothing {
 // Every instruction up to the first copy is waited for, as nobody has needed it before, so there are as few as can be: the code
 // has one copy for all lanes, with either policy, and nothing is unrolled.
 //
-// For those who need to know, `announce(stage, tokens)` says how many tokens of the request there are from a tile on. Returns how many tiles.
+// For those who need to know, `announce(stage, tokens)` says how many tokens of the request there are from a tile on. Returns how
+// many tiles there were.
 template <int kWarps, typename Pipeline, typename Load, typename Announce = Nothing>
 __device__ __forceinline__ int bring_tiles(const DecodeParams& params, Pieces& pieces, Pipeline& pipeline, int token_bytes,
                                            Load load, int warp = 0, Announce announce = {}) {
@@ -262,7 +263,14 @@ __device__ void clear_rows_from(int token, ColumnBlock<Cached> (&tile)[kBlocks],
 // What a row's probabilities are relative to, its reference, follows the scores only when they have outgrown it by this
 // power of two: factors up to 256 cost no precision, and the accumulators are hardly ever scaled. (FlashAttention-4 does
 // the same.)
-constexpr float kPatience = 8, kPatienceFactor = 1 << static_cast<int>(kPatience);
+//
+// float16 has no numbers below 2^-24 for what counts little beside the largest, and some to spare above: with it a reference lies
+// that many powers of two below what it follows.
+constexpr float kPatience = 8;
+template <typename Factor>
+constexpr float kReferenceBelow = std::is_same_v<Factor, __half> ? 7 : 0;
+template <typename Factor>
+constexpr float kMostProbability = 1 << static_cast<int>(kPatience + kReferenceBelow<Factor>);
 
 // A row of the output and its lse, which there must be.
 template <typename Element>

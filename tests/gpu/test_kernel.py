@@ -373,7 +373,7 @@ def test_batch_invariant_results_do_not_depend_on_the_batch(heads: int, quantize
 
 
 @pytest.mark.parametrize("exponent", [-100, -40, 40, 100])
-@pytest.mark.parametrize("heads", [16, 32, 128])
+@pytest.mark.parametrize("heads", [16, 32, 64, 128])
 def test_queries_of_any_size_over_a_quantised_cache(heads: int, exponent: int) -> None:
     """They become float16 numbers on the way, whose range is smaller."""
     step = Step([3001, 10, 777], [1, 2, 1], heads, deviation=1.0, quantized=True).arguments()
@@ -382,6 +382,37 @@ def test_queries_of_any_size_over_a_quantised_cache(heads: int, exponent: int) -
     out, lse = mla_decode(**{**step, **scaled, "softmax_scale": step["softmax_scale"] / 2.0**exponent}, return_lse=True)
     assert out.equal(expected[0])
     assert lse.equal(expected[1])
+
+
+@pytest.mark.parametrize("heads", [16, 32, 64, 128])
+def test_queries_of_zeros_over_a_quantised_cache_with_a_small_scale(heads: int) -> None:
+    step = Step([3001, 10, 777], [1, 2, 1], heads, quantized=True).arguments()
+    nothing = {name: torch.zeros_like(step[name]) for name in ("q_nope", "q_pe")}
+    scale = {"kv_scale": torch.tensor(1e-8, device="cuda")}
+    out, lse = mla_decode(**{**step, **nothing, **scale}, return_lse=True)
+    expected, expected_lse = reference({**step, **nothing, **scale})
+    assert (out.float() - expected).norm() < 0.01 * expected.norm()
+    torch.testing.assert_close(lse, expected_lse, rtol=1.3e-4, atol=1e-6)
+
+
+@both_caches
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("heads", [16, 32, 48, 64, 128])
+def test_tokens_beside_a_sink(heads: int, dtype: torch.dtype, quantized: bool) -> None:
+    """A token with 2^25 times the probability of each other and no value, as attention sinks have."""
+    step = Step([1024] * 140, [1] * 140, heads, dtype=dtype, quantized=quantized).arguments()
+    cache = torch.zeros(step["kv_cache"].shape, device="cuda")
+    cache[..., :512] = 1
+    first_page = step["block_table"][:, 0].long()
+    cache[first_page, 0, :512] = 0
+    cache[first_page, 0, 512] = 240  # times 192^-0.5: 25 log(2)
+    step["kv_cache"] = cache.to(step["kv_cache"].dtype)
+    step["q_nope"], step["q_pe"] = torch.zeros_like(step["q_nope"]), torch.ones_like(step["q_pe"])
+    if quantized:
+        step["kv_scale"] = torch.ones((), device="cuda")
+    out, _ = mla_decode(**step, return_lse=True)
+    expected, _ = reference(step)
+    assert (out.float() - expected).norm() < 0.01 * expected.norm()
 
 
 def test_batch_invariant_with_more_requests_than_multiprocessors() -> None:

@@ -14,6 +14,10 @@ constexpr int kLatentColumnBlocks = kLatentDim / 64;
 template <typename Element, int kN>
 struct alignas(1024) QuantizedShared {
   static constexpr int kTileStages = 4, kQueryStages = kN == 16 ? 2 : 1;  // what there is room for
+
+  // threadIdx.x, anew, as registers are scarce.
+  __device__ static __forceinline__ uint32_t thread() { return ptx::thread_index(); }
+
   QuantizedTile tile[kTileStages];
   Element query[kQueryStages][kColumnBlocks][kN][64];
   // Of each warpgroup, and two of them in turn, as not all warps have multiplied by the last ones when the next ones are written.
@@ -276,29 +280,7 @@ __global__ void __launch_bounds__(kThreads, 1)
                          }
                        });
       },
-      [&](Pieces& pieces) {
-        bring_queries<1>(
-            params, pieces, shared.queries, shared.work, shared.split, params.block_rows * kHeadDim * sizeof(Element),
-            [&](int stage, int token) {
-              const uint32_t block = static_cast<uint32_t>(ptx::thread_index()) % 32;
-              if (block < kColumnBlocks) {
-                const bool rope = block == kLatentDim / 64;
-                ptx::tma_load(&shared.query[stage][block], rope ? &maps.rope_query : &maps.latent_query,
-                              rope ? 0 : block * 64, 0, token, shared.queries.full[stage]);
-              }
-            },
-            [&](int stage, const Piece& piece) {
-              const auto place = [&](int row, int chunk) {
-                return ptx::shared_address(shared.query[stage][chunk / 8]) + swizzled_128(row, chunk % 8);
-              };
-              const int rows = piece.rows(params);
-              copy_rows<kLatentDim / 8>(params, query_latent<Element>(params, piece), params.q_nope_token_stride,
-                                        params.q_nope_head_stride, 0, rows, place);
-              copy_rows<kRopeDim / 8>(params, query_rope<Element>(params, piece), params.q_pe_token_stride,
-                                      params.q_pe_head_stride, 0, rows,
-                                      [&](int row, int chunk) { return place(row, kLatentDim / 8 + chunk); });
-            });
-      },
+      [&](Pieces& pieces) { bring_whole_queries<Element>(params, pieces, shared, maps); },
       [&] {
         maps.prefetch();
         shared.tiles.initialise(1, 4);  // the warps of the warpgroup that has a tile

@@ -21,6 +21,32 @@ struct Place {
   __device__ __forceinline__ int column(int c) const { return c / 2 * 8 + lane % 4 * 2 + c % 2; }  // number `c` of them
 };
 
+// The query warp of a kernel that attends all query rows of a request at a time: all columns of them.
+template <typename Element, typename Shared>
+__device__ __forceinline__ void bring_whole_queries(const DecodeParams& params, Pieces& pieces, Shared& shared,
+                                                    const TensorMaps& maps) {
+  bring_queries<1>(
+      params, pieces, shared.queries, shared.work, shared.split, params.block_rows * kHeadDim * sizeof(Element),
+      [&](int stage, int token) {
+        const int block = Shared::thread() % 32;
+        if (block < kColumnBlocks) {
+          const bool rope = block == kLatentDim / 64;
+          ptx::tma_load(&shared.query[stage][block], rope ? &maps.rope_query : &maps.latent_query, rope ? 0 : block * 64, 0, token,
+                        shared.queries.full[stage]);
+        }
+      },
+      [&](int stage, const Piece& piece) {
+        const auto place = [&](int row, int chunk) {
+          return ptx::shared_address(shared.query[stage][chunk / 8]) + swizzled_128(row, chunk % 8);
+        };
+        const int rows = piece.rows(params);
+        copy_rows<kLatentDim / 8>(params, query_latent<Element>(params, piece), params.q_nope_token_stride,
+                                  params.q_nope_head_stride, 0, rows, place);
+        copy_rows<kRopeDim / 8>(params, query_rope<Element>(params, piece), params.q_pe_token_stride, params.q_pe_head_stride,
+                                0, rows, [&](int row, int chunk) { return place(row, kLatentDim / 8 + chunk); });
+      });
+}
+
 // Over the eight lanes that hold a column of an accumulator.
 __device__ __forceinline__ float column_max(float x) {
 #pragma unroll

@@ -83,8 +83,8 @@ constexpr Choice kChoices[] = {
     {Kernel::kWide64, 64, 2, 2, 3, 10, 10, 2, 4},
     {Kernel::kWide128, 128, 2, 2, 3, 5, 5, 2, 4},
 };
-// Over a quantised cache. The numbers for the schedule are those of kernels with as many rows above but where others were measured to
-// be better ("A cache of float8 numbers").
+// Over a quantised cache. The numbers for the schedule are those of kernels with as many rows above, but where others were measured
+// to be better ("A cache of float8 numbers").
 constexpr Choice kQuantizedChoices[] = {
     {Kernel::kQuantized16, 16, 1, 1, 3, 4, 13, 1, 4},
     {Kernel::kQuantized32, 32, 1, 1, 5, 4, 13, 1, 4},
@@ -180,6 +180,7 @@ void launch(DecodeParams params, const Blocks& blocks, const Cache& cache, CUten
   params.box_shift = __builtin_ctz(std::min(params.page_size, kTileTokens / blocks.choice.cluster));
   params.boxes_per_page = params.page_size >> params.box_shift;
   params.heads_reciprocal = reciprocal(params.heads), params.boxes_reciprocal = reciprocal(params.boxes_per_page);
+  using Float8 = __nv_fp8_e4m3;
   const auto run = [&](auto shared, auto kernel, CUtensorMapDataType cache_type) {
     decode<typename decltype(shared)::type>(kernel, blocks.choice, params, cache, type, cache_type, stream);
   };
@@ -201,11 +202,11 @@ void launch(DecodeParams params, const Blocks& blocks, const Cache& cache, CUten
     case Kernel::kWide128: return wide(Constant<128>{});
     case Kernel::kQuantized16: return quantized(Constant<16>{});
     case Kernel::kQuantized32: return quantized(Constant<32>{});
-    using Cached = __nv_fp8_e4m3;
-    case Kernel::kQuantized128:
-      return run(Type<WideShared<Element, Cached, 128>>{}, decode_wide_kernel<Element, Cached, 128>, CU_TENSOR_MAP_DATA_TYPE_UINT8);
     case Kernel::kQuantized64:
-      return run(Type<NarrowShared<Element, Cached, 64>>{}, decode_narrow_kernel<Element, Cached, 64>,
+      return run(Type<NarrowShared<Element, Float8, 64>>{}, decode_narrow_kernel<Element, Float8, 64>,
+                 CU_TENSOR_MAP_DATA_TYPE_UINT8);
+    case Kernel::kQuantized128:
+      return run(Type<WideShared<Element, Float8, 128>>{}, decode_wide_kernel<Element, Float8, 128>,
                  CU_TENSOR_MAP_DATA_TYPE_UINT8);
   }
 }

@@ -58,8 +58,8 @@ def find_cuobjdump() -> str:
 def readable(mangled: str) -> str:
     """Shorten a mangled name to the kernel's and its template arguments."""
     name = next(part for part in re.findall(r"\d+([a-z_]+?_kernel)", mangled))
-    element = {"13__nv_bfloat16": "bf16", "6__half": "fp16"}
-    arguments = [short for long, short in element.items() if long in mangled] + re.findall(r"Li(\d+)E", mangled)
+    types = {"13__nv_bfloat16": "bf16", "6__half": "fp16", "13__nv_fp8_e4m3": "fp8"}
+    arguments = [short for long, short in types.items() if long in mangled] + re.findall(r"Li(\d+)E", mangled)
     return f"{name}<{', '.join(arguments)}>" if arguments else name
 
 

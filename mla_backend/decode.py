@@ -66,8 +66,8 @@ def mla_decode(
 
     Tensors lie on one device and may have any strides, but their last dimension is contiguous. On a GPU the compiled
     kernels take bf16 and fp16 queries, a cache in pages of 16, 32 or a multiple of 64 tokens, and every cached token at
-    a multiple of 16 bytes. Over a float8 cache they multiply in fp16, of bf16 queries each row divided by a power of
-    two.
+    a multiple of 16 bytes. Over a float8 cache they multiply in fp16 with up to 64 query rows (tokens x heads), of bf16
+    queries each row divided by a power of two; with more, and in batch-invariant steps, in the queries' dtype.
 
     Args:
         q_nope: [tokens, heads, 512] queries after absorption of W_UK; bf16, fp16 or fp32; 1 to 128 heads.
@@ -82,7 +82,7 @@ def mla_decode(
             where the cache is float8. Calls that share its buffers follow each other on one stream; at the same time,
             or with other lengths, they may never end.
         causal: see above.
-        kv_scale: one fp32 number, the factor from a float8 cache's numbers to their true values.
+        kv_scale: one fp32 number, the factor from a float8 cache's numbers to their true values; not negative.
         out: [tokens, heads, 512] of the queries' dtype, written to. Allocated by default.
         return_lse: also return the natural log of the softmax denominator, [tokens, heads] fp32.
 

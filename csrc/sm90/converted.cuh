@@ -55,8 +55,9 @@ __device__ void end_tiles(Shared& shared, int count) {
   if (threadIdx.x % 32 == 0) ptx::mbarrier_arrive(tiles.full[tiles.stage(count)]);
 }
 
-// A converting warp, number `warp` of kConvertingWarps: convert its half of the columns of all tiles that this worker brings. What
-// lies past a request's last token becomes zeros, as it would meet probability 0, and 0 x NaN is NaN.
+// A converting warp, number `warp` of kConvertingWarps: convert half of the latent columns, and half of the tokens' rotary ones, of
+// all tiles that are brought to this block. Values past a request's last token become zeros, as they would meet probability 0,
+// and 0 x NaN is NaN.
 //
 // A lane converts a chunk of 16 numbers at a time, a warp 64 latent columns of 8 tokens, or all rotary ones of 16. Eight lanes
 // beside each other load from all banks of shared memory, and store to all: they have two tokens, in rows whose numbers differ in

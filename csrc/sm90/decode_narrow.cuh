@@ -33,7 +33,6 @@ struct alignas(1024) NarrowShared {
   Tile tile[kTileStages];
   Element query[kQueryStages][kColumnBlocks][kN][64];
   Factor probabilities[kN][64];
-  struct Nothing {};
   std::conditional_t<kByColumns, float4[2][kRows / 8][128], Nothing> scores;  // that a warpgroup hands the other one
   float exchange[2][4][kRows];  // per warpgroup and warp: maxima of its rows, at the end their sums
   alignas(8) float factor[kN];  // what both warpgroups multiply a row's results by
@@ -76,7 +75,7 @@ __device__ __forceinline__ void store_elements(const Rows<Element>& results, con
   const Place at(threadIdx.x);
 #pragma unroll
   for (int c = 0; c < kN / 4; ++c) {
-    const int row = results.first_row + at.column(c);
+    const int row = at.column(c);
     if (row >= results.last_row) continue;
     Element* to = results.out(row) + group * kGroupBlocks * 64 + at.warp * 16 + at.lane / 4;
 #pragma unroll
@@ -168,7 +167,7 @@ __device__ void consume_narrow(const DecodeParams& params, NarrowShared<Element,
   const int own_barrier = kGroupBarrier + group;
   const float kv_scale = Shared::kQuantized ? *params.kv_scale : 1;
   const float step_scale_log2 = params.softmax_scale * kLog2E * kv_scale;
-  using Numbers = std::conditional_t<Shared::kQuantized, ConvertedTile<Shared>, SharedTile<Shared>>;
+  using Numbers = std::conditional_t<Shared::kQuantized, RegisterTile<Shared>, SharedTile<Shared>>;
   const auto meet = [] { ptx::named_barrier_sync<kMathThreads>(kMathBarrier); };
 
   const uint32_t probabilities = ptx::shared_address(shared.probabilities);
@@ -329,9 +328,9 @@ __device__ void consume_narrow(const DecodeParams& params, NarrowShared<Element,
       shared.factor[row] = total > 0 ? kv_scale * ptx::reciprocal(total) : 0;
       const float log2_sum = total > 0 ? shared.log2_sum[row] + ptx::log2(total) : -INFINITY;
       shared.log2_sum[row] = log2_sum;
-      if (const int request_row = results.first_row + row; request_row < results.last_row) {
-        if (!results.complete) results.store_partial_lse(request_row, log2_sum);
-        if (results.parts == 0) results.store_lse(request_row, log2_sum);
+      if (row < results.last_row) {
+        if (!results.complete) results.store_partial_lse(row, log2_sum);
+        if (results.parts == 0) results.store_lse(row, log2_sum);
       }
     }
     meet();
@@ -341,7 +340,7 @@ __device__ void consume_narrow(const DecodeParams& params, NarrowShared<Element,
     // needed before.
     int complete = results.complete;
     if (!complete) {
-      store_part(results, out, group, at, results.first_row);
+      store_part(results, out, group, at);
       results.announce(own_barrier);
     }
     asm volatile("" : "+r"(complete));
@@ -354,13 +353,13 @@ __device__ void consume_narrow(const DecodeParams& params, NarrowShared<Element,
           add_parts(results, out, log2_sums, group, at);
 #pragma unroll
           for (int c = 0; c < kN / 4; ++c) {
-            const int row = results.first_row + at.column(c);
+            const int row = at.column(c);
             if (threadIdx.x < 4 && row < results.last_row) results.store_lse(row, log2_sums[c]);
           }
         }
       }
       if constexpr (Shared::kQuantized) {
-        store_pairs(results, out, group, at, results.first_row);
+        store_pairs(results, out, group, at);
       } else if (params.output_is_vectors) {
         store_transposed<Element, kN>(results, out, group);
       } else {
@@ -408,7 +407,7 @@ __global__ void __launch_bounds__(NarrowRegisters<Cached, kN>::kThreads, 1)
       [&](Pieces& pieces) { bring_whole_queries<Element>(params, pieces, shared, maps); },
       [&] {
         maps.prefetch();
-        shared.tiles.initialise(1, Shared::kQuantized ? ConvertedTile<Shared>::kConsumers : SharedTile<Shared>::kConsumers);
+        shared.tiles.initialise(1, Shared::kQuantized ? RegisterTile<Shared>::kConsumers : SharedTile<Shared>::kConsumers);
         shared.queries.initialise(32, kMathThreads);
       },
       [&] { consume_narrow<Element, Cached, kN>(params, shared); }, [] { __syncthreads(); },

@@ -208,9 +208,9 @@ __device__ void consume_quantized(const DecodeParams& params, QuantizedShared<El
       for (int g = 0; g < 2; ++g) shared.factor[g][row] = weight[g] * factor;
       const float log2_sum = total > 0 ? peak + ptx::log2(total) : -INFINITY;
       shared.log2_sum[row] = log2_sum;
-      if (const int request_row = results.first_row + row; request_row < results.last_row) {
-        if (!results.complete) results.store_partial_lse(request_row, log2_sum);
-        if (results.parts == 0) results.store_lse(request_row, log2_sum);
+      if (row < results.last_row) {
+        if (!results.complete) results.store_partial_lse(row, log2_sum);
+        if (results.parts == 0) results.store_lse(row, log2_sum);
       }
     }
     meet(0);
@@ -237,7 +237,7 @@ __device__ void consume_quantized(const DecodeParams& params, QuantizedShared<El
     // Where there is little work, parts are what is stored: in this order in the machine code, too.
     int complete = results.complete;
     if (!complete) {
-      store_part(results, own_half, group, at, results.first_row);
+      store_part(results, own_half, group, at);
       results.announce(own_barrier);
     }
     asm volatile("" : "+r"(complete));
@@ -249,11 +249,11 @@ __device__ void consume_quantized(const DecodeParams& params, QuantizedShared<El
         add_parts(results, own_half, log2_sums, group, at);
 #pragma unroll
         for (int c = 0; c < kColumns; ++c) {
-          const int row = results.first_row + at.column(c);
+          const int row = at.column(c);
           if (threadIdx.x < 4 && row < results.last_row) results.store_lse(row, log2_sums[c]);
         }
       }
-      store_pairs(results, own_half, group, at, results.first_row);
+      store_pairs(results, own_half, group, at);
     }
     meet(1);  // before the next piece overwrites the sums
   }

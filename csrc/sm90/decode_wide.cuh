@@ -27,7 +27,7 @@ constexpr int kHalfTokens = kTileTokens / 2;
 constexpr int kTurnBarrier = kQueriesBarrier + 1;  // and the next one: it is warpgroup 0's or 1's turn
 
 // A block of query rows in shared memory. Over a quantised cache there is no room for all: of kHeldBlocks blocks of latent columns,
-// the first, and of the rotary ones, what registers can hold comes to them from memory, and the rest to `few`.
+// the first, and of the rotary ones, what registers can hold comes to them from memory, and the last 16 columns to `last_held`.
 template <typename Element, int kRows, bool kQuantized>
 struct WideQuery {
   static constexpr int kHeldBlocks = 0;
@@ -40,8 +40,8 @@ template <typename Element, int kRows>
 struct WideQuery<Element, kRows, true> {
   static constexpr int kHeldBlocks = kLatentBlocks / 2;
   Element latent[kLatentBlocks - kHeldBlocks][kRows][64];
-  Element few[kRows][16];
-  __device__ Element* rope_rows() { return nullptr; }
+  Element last_held[kRows][16];
+  __device__ Element* rope_rows() { return nullptr; }  // nobody asks for them
 };
 
 // This block's half of a tile's columns, as the mathematics takes them or as they are cached.
@@ -146,7 +146,8 @@ class WideConsumer {
         distance(ptx::in_block(&shared, 1 - rank) - ptx::shared_address(&shared)),
         group(ptx::uniform(threadIdx.x / 128)),
         thread(threadIdx.x % 128),
-        scale_log2(params.softmax_scale * kLog2E * (Shared::kQuantized ? *params.kv_scale : 1)) {}
+        scale_log2(Shared::kQuantized ? never_zero(params.softmax_scale * kLog2E * *params.kv_scale)
+                                      : params.softmax_scale * kLog2E) {}
 
   __device__ __forceinline__ void run() {
     if (!kSharesRows && group == 1) give_turn();
@@ -281,10 +282,11 @@ class WideConsumer {
 
   // Scores are products of 16 latent or rotary numbers at a time. With both factors in shared memory a product of 64 columns leaves
   // no bandwidth there for anybody else, so registers hold the queries of both rotary steps, and of as many latent ones as there
-  // are registers for with 128 rows. No two of the others follow each other, and a rotary one is last.
+  // are registers for with 128 rows. No two of the others follow each other, but near the end over a quantised cache, and a rotary
+  // one is last.
   static constexpr int kHeldBlocks = decltype(Shared::query)::kHeldBlocks;
   static constexpr int kLatentSteps = kBlockLatent / 16, kHeldSteps = kHeldBlocks > 0 ? kHeldBlocks * 4 : 9;
-  static constexpr int kInRegisters = Shared::kQuantized ? kHeldSteps - 1 : kHeldSteps;  // of them; the last one is in `few`
+  static constexpr int kInRegisters = Shared::kQuantized ? kHeldSteps - 1 : kHeldSteps;  // of them
   __device__ static constexpr int not_held_before(int step) {
     return (step * (kLatentSteps - kHeldSteps) + kLatentSteps / 4) / kLatentSteps;
   }
@@ -319,7 +321,7 @@ class WideConsumer {
   __device__ __forceinline__ void hold_queries_from_memory() {
     const Piece& piece = this->piece();
     const int last_row = min(static_cast<int>(blockIdx.y + 1) * params.block_rows, piece.rows(params));
-    uint32_t few[4];
+    uint32_t last[4];
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       const int row = first_row() + own_row() + 8 * i, query = query_of_row(params, row), head = row - query * params.heads;
@@ -336,20 +338,20 @@ class WideConsumer {
       for (int step = 0; step < kBlockRope / 16; ++step) hold(&held_rope[step * 4], rope + step * 16);
 #pragma unroll
       for (int step = 0; step < kInRegisters; ++step) hold(&held_latent[step * 4], latent + step * 16);
-      hold(few, latent + kInRegisters * 16);
+      hold(last, latent + kInRegisters * 16);
     }
-    char* const columns = reinterpret_cast<char*>(shared.query.few) + own_column() * sizeof(Element);
+    char* const columns = reinterpret_cast<char*>(shared.query.last_held) + own_column() * sizeof(Element);
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      *reinterpret_cast<uint32_t*>(columns + swizzled_32(group_row() + own_row() + i % 2 * 8, i / 2)) = few[i];
+      *reinterpret_cast<uint32_t*>(columns + swizzled_32(group_row() + own_row() + i % 2 * 8, i / 2)) = last[i];
     }
     ptx::fence_proxy_async();
     ptx::named_barrier_sync<128>(kGroupBarrier + group);
   }
 
-  __device__ __forceinline__ uint64_t few_queries() const {
+  __device__ __forceinline__ uint64_t last_held_queries() const {
     if constexpr (!Shared::kQuantized) return 0;
-    else return ptx::Matrix(ptx::shared_address(shared.query.few) + group_row() * 32, 0, 256, ptx::Swizzle::k32Bytes).at(0);
+    else return ptx::Matrix(ptx::shared_address(shared.query.last_held) + group_row() * 32, 0, 256, ptx::Swizzle::k32Bytes).at(0);
   }
 
   // Two neighbours in a row, which may start anywhere.
@@ -389,7 +391,7 @@ class WideConsumer {
       if (is_held(step) && held_before(step) < kInRegisters) {
         ptx::wgmma<Element>(score, held_latent + held_before(step) * 4, key, step > 0);
       } else if (is_held(step)) {
-        ptx::wgmma<Element>(score, few_queries(), key, step > 0);
+        ptx::wgmma<Element>(score, last_held_queries(), key, step > 0);
       } else {
         ptx::wgmma<Element>(score, q.at((block - kHeldBlocks) * sizeof(shared.query.latent[0]) + inner), key, step > 0);
       }
@@ -830,7 +832,7 @@ __global__ void __cluster_dims__(2) __launch_bounds__(kThreads, 1)
             params, pieces, shared.queries, shared.work, shared.split,
             params.block_rows * (kBlockLatent - kFirst + kRope) * sizeof(Element),
             [&](int, int token) {
-              const int block = ptx::thread_index() % 32;  // read anew, as this warp has 24 registers
+              const int block = ptx::thread_index() % 32;  // read anew, as this warp has few registers
               if (block < kBlocks + (kRope > 0)) {
                 const bool rope = block == kBlocks;
                 ptx::tma_load(rope ? shared.query.rope_rows() : &shared.query.latent[block][0][0],
@@ -847,17 +849,18 @@ __global__ void __cluster_dims__(2) __launch_bounds__(kThreads, 1)
                   params.q_nope_head_stride, first_row, last_row, [&](int row, int chunk) {
                     return ptx::shared_address(shared.query.latent[chunk / 8]) + swizzled_128(row, chunk % 8);
                   });
-              if (kRope == 0) return;
-              copy_rows<kBlockRope / 8>(
-                  params, query_rope<Element>(params, piece) + rank * kBlockRope, params.q_pe_token_stride,
-                  params.q_pe_head_stride, first_row, last_row,
-                  [&](int row, int chunk) { return ptx::shared_address(shared.query.rope_rows()) + swizzled_64(row, chunk); });
+              if constexpr (kRope > 0) {
+                copy_rows<kBlockRope / 8>(
+                    params, query_rope<Element>(params, piece) + rank * kBlockRope, params.q_pe_token_stride,
+                    params.q_pe_head_stride, first_row, last_row,
+                    [&](int row, int chunk) { return ptx::shared_address(shared.query.rope) + swizzled_64(row, chunk); });
+              }
             },
             announce);
       },
       [&] {
         maps.prefetch();
-        // Two warps bring them; of those that convert them all lanes have written.
+        // By two warps: of those that bring them a lane arrives, of those that convert them all do, as all have written.
         shared.tiles.initialise(kQuantized ? 32 * kConvertingWarps : 2, kRows / 64);
         if constexpr (kQuantized) {
           shared.converting.tiles.initialise(1, kConvertingWarps);

@@ -87,11 +87,7 @@ __device__ __forceinline__ void prepare_queries(Element (&query)[kBlocks][kN][64
           ptx::store_shared(chunk(r, u, i), c);
         }
       }
-      if (lane == 0) {
-        // Not 0 where the row is zeros and the scale small: scores that nobody sees are -inf, and 0 x -inf is NaN.
-        const float of_row = scale * __uint_as_float(reciprocal);
-        scales[first + r * kWarps] = of_row == 0 ? copysignf(__uint_as_float(1), scale) : of_row;
-      }
+      if (lane == 0) scales[first + r * kWarps] = never_zero(scale * __uint_as_float(reciprocal));
     }
   }
   ptx::fence_proxy_async();
@@ -224,14 +220,15 @@ __device__ __forceinline__ void add_values(float (&out)[kBlocks][kCount], const 
   for (auto& block : out) ptx::keep(block);
 }
 
-// A tile that both warpgroups of a narrow kernel multiply together, each half of its columns.
+// A tile whose numbers the tensor cores take from registers, for one of the two warpgroups of a narrow kernel: each has half of the
+// columns.
 template <typename Shared>
-class ConvertedTile {
+class RegisterTile {
  public:
   static constexpr int kConsumers = kMathThreads / 32;  // that release it
   static constexpr bool kClearedFirst = true;           // before its numbers are in registers
 
-  __device__ __forceinline__ ConvertedTile(Shared& shared, int number, int group)
+  __device__ __forceinline__ RegisterTile(Shared& shared, int number, int group)
       : shared_(shared), number_(number), group_(group), tile_(shared.tile[ptx::uniform(shared.tiles.stage(number))]) {}
 
   __device__ __forceinline__ void clear_from(int token, int own_barrier) {

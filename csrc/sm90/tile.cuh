@@ -6,7 +6,8 @@
 
 namespace mla_backend::sm90 {
 
-// A thread block's threads: two warpgroups do the mathematics; of a third, one or two warps bring tiles and another one queries.
+// A thread block's threads: two warpgroups do the mathematics; of a third, one or two warps bring tiles, or one brings and two
+// convert them, and another one brings queries.
 constexpr int kMathThreads = 256;
 constexpr int kThreads = kMathThreads + 128;
 constexpr int kGroupBarrier = 1;  // and the next one: named barriers of one mathematics warpgroup each
@@ -39,8 +40,8 @@ struct TensorMaps {
   }
 };
 
-// The stages that tiles or queries lie in, and the barriers that say when one is full, of which each of its equally large parts has
-// its own, and when it is empty again. `number` counts what has been brought to this block so far.
+// The stages that tiles or queries lie in, and the barriers that say when one is full, of which each of its parts has its own, and when
+// it is empty again. Parts that the copy engine brings are equally large. `number` counts what has been brought so far.
 template <int kStages_, int kParts_ = 1>
 struct Pipeline {
   static constexpr int kStages = kStages_, kParts = kParts_;
@@ -79,7 +80,7 @@ struct Pipeline {
 // a look at the clock before every tile, which 128 rows feel.)
 constexpr int kHeadStart = 1000;
 
-// Called where a kernel has nothing to say.
+// What a kernel does not have: a member, or something to call.
 struct Nothing {
   template <typename... Arguments>
   __device__ void operator()(Arguments...) const {}
@@ -124,8 +125,8 @@ __device__ __forceinline__ int bring_tiles(const DecodeParams& params, Pieces& p
       const int tokens = min(kTileTokens, seq_len - first + box_tokens - 1 >> shift << shift);
       pipeline.wait_empty(number);
       if (number == 0) ptx::named_barrier_sync<32 * (1 + kWarps)>(kQueriesBarrier);  // the copy engine's first queries come first
-      // Both warps arrive, even where one has no box to bring, or it could fall behind by a round of stages.
       announce(stage, seq_len - first);
+      // Both warps arrive, even where one has no box to bring, or it could fall behind by a round of stages.
       if (lane < Pipeline::kParts) {
         uint64_t* const full = &pipeline.full[stage][lane];
         warp == 0 ? ptx::mbarrier_arrive_expect_tx(full, tokens * (token_bytes / Pipeline::kParts)) : ptx::mbarrier_arrive(full);
@@ -272,6 +273,10 @@ constexpr float kReferenceBelow = std::is_same_v<Factor, __half> ? 7 : 0;
 template <typename Factor>
 constexpr float kMostProbability = 1 << static_cast<int>(kPatience + kReferenceBelow<Factor>);
 
+// A scale of scores, of which some are -inf because nobody sees them, and 0 x -inf is NaN. It would be 0 where it is too small for
+// float32, or where that of a quantised cache is 0.
+__device__ __forceinline__ float never_zero(float scale) { return fmaxf(scale, __uint_as_float(1)); }
+
 // A row of the output and its lse, which there must be.
 template <typename Element>
 __device__ __forceinline__ Element* output_row(const DecodeParams& params, int token, int head) {
@@ -375,17 +380,6 @@ __device__ __forceinline__ float quad_sum(float x) {
 }
 
 template <typename Element>
-__device__ __forceinline__ uint32_t scale_pair(uint32_t pair, float factor) {
-  if constexpr (std::is_same_v<Element, __nv_bfloat16>) {
-    const __nv_bfloat162 scaled = __hmul2(reinterpret_cast<const __nv_bfloat162&>(pair), __float2bfloat162_rn(factor));
-    return reinterpret_cast<const uint32_t&>(scaled);
-  } else {
-    const __half2 scaled = __hmul2(reinterpret_cast<const __half2&>(pair), __float2half2_rn(factor));
-    return reinterpret_cast<const uint32_t&>(scaled);
-  }
-}
-
-template <typename Element>
 __device__ __forceinline__ uint32_t pack(float low, float high) {
   if constexpr (std::is_same_v<Element, __nv_bfloat16>) {
     const __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
@@ -393,6 +387,18 @@ __device__ __forceinline__ uint32_t pack(float low, float high) {
   } else {
     const __half2 pair = __floats2half2_rn(low, high);
     return reinterpret_cast<const uint32_t&>(pair);
+  }
+}
+
+template <typename Element>
+__device__ __forceinline__ uint32_t scale_pair(uint32_t pair, float factor) {
+  if constexpr (std::is_same_v<Element, __nv_bfloat16>) {
+    const __nv_bfloat162 scaled = __hmul2(reinterpret_cast<const __nv_bfloat162&>(pair), __float2bfloat162_rn(factor));
+    return reinterpret_cast<const uint32_t&>(scaled);
+  } else {
+    // The factor may be too small for float16 where the product is not.
+    const float2 wide = __half22float2(reinterpret_cast<const __half2&>(pair));
+    return pack<Element>(wide.x * factor, wide.y * factor);
   }
 }
 
@@ -419,7 +425,7 @@ __device__ __forceinline__ void prefetch_code() {
 // everybody waits for. One thread runs `initialise`, for the mbarriers, while whoever brings something looks up the schedule; then
 // all `meet`, a barrier of all threads that use those.
 //
-// With kThreeTileWarps there are three for tiles, and the third one has done first what is left for the rest.
+// With kThreeTileWarps there is a third one for tiles, which does what is left for the rest when it has nothing else to do.
 template <int kMathRegisters, int kOtherRegisters, bool kThreeTileWarps = false, typename Tiles, typename Queries,
           typename Initialise, typename Consume, typename Meet, typename Rest>
 __device__ void run_roles(const DecodeParams& params, int share, Tiles tiles, Queries queries, Initialise initialise,
@@ -438,8 +444,8 @@ __device__ void run_roles(const DecodeParams& params, int share, Tiles tiles, Qu
     // In the machine code tiles come first, next to what all have run: they are what everybody waits for.
     if constexpr (kThreeTileWarps) {
       if (warp == 2) return queries(pieces);
-      if (warp == 3) rest();
       tiles(pieces, min(warp, 2));
+      if (warp == 3) rest();
     } else if (warp >= 2) {
       warp == 2 ? queries(pieces) : rest();
     } else {

@@ -60,13 +60,13 @@ __device__ __forceinline__ float column_sum(float x) {
   return x;
 }
 
-// Write a partial result, or part of it: the rows from `first_row` on and half number `half` of the columns.
+// Write a partial result, or part of it: half number `half` of the columns.
 template <typename Element, int kCount>
 __device__ __forceinline__ void store_part(const Rows<Element>& results, const float (&out)[kGroupBlocks][kCount], int half,
-                                           const Place& at, int first_row) {
+                                           const Place& at) {
 #pragma unroll
   for (int c = 0; c < kCount / 2; ++c) {
-    const int row = first_row + at.column(c);
+    const int row = at.column(c);
     if (row >= results.last_row) continue;
     float2* to = reinterpret_cast<float2*>(results.partial_out(row) + half * kGroupBlocks * 64 + at.warp * 16) + at.lane / 4;
 #pragma unroll
@@ -77,13 +77,13 @@ __device__ __forceinline__ void store_part(const Rows<Element>& results, const f
   }
 }
 
-// Write rows of the output, from `first_row` on, and half number `half` of the columns.
+// Write rows of the output, half number `half` of the columns.
 template <typename Element, int kCount>
 __device__ __forceinline__ void store_pairs(const Rows<Element>& results, const float (&out)[kGroupBlocks][kCount], int half,
-                                            const Place& at, int first_row) {
+                                            const Place& at) {
 #pragma unroll
   for (int c = 0; c < kCount / 2; ++c) {
-    const int row = first_row + at.column(c);
+    const int row = at.column(c);
     if (row >= results.last_row) continue;
     Element* to = results.out(row) + half * kGroupBlocks * 64 + at.warp * 16 + at.lane / 4 * 2;
 #pragma unroll
@@ -105,7 +105,7 @@ __device__ __forceinline__ void add_parts(const Rows<Element>& results, float (&
     float2 two[kColumns][kGroupBlocks] = {};
 #pragma unroll
     for (int c = 0; c < kColumns; ++c) {
-      const int row = results.first_row + at.column(c);
+      const int row = at.column(c);
       const bool exists = row < results.last_row;
       const float* from = results.partial_out(row, part) + half * kGroupBlocks * 64 + at.warp * 16 + at.lane / 4 * 2;
       other[c] = -INFINITY;

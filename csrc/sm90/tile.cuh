@@ -40,8 +40,8 @@ struct TensorMaps {
   }
 };
 
-// The stages that tiles or queries lie in, and the barriers that say when one is full, of which each of its parts has its own, and when
-// it is empty again. Parts that the copy engine brings are equally large. `number` counts what has been brought so far.
+// The stages that tiles or queries lie in, and the barriers that say when one is full, of which each of its parts has its own, and
+// when it is empty again. Parts that the copy engine brings are equally large. `number` counts what has been brought so far.
 template <int kStages_, int kParts_ = 1>
 struct Pipeline {
   static constexpr int kStages = kStages_, kParts = kParts_;
@@ -266,7 +266,7 @@ __device__ void clear_rows_from(int token, ColumnBlock<Cached> (&tile)[kBlocks],
 // the same.)
 //
 // float16 has no numbers below 2^-24 for what counts little beside the largest, and some to spare above: with it a reference lies
-// that many powers of two below what it follows.
+// this power of two below what it follows.
 constexpr float kPatience = 8;
 template <typename Factor>
 constexpr float kReferenceBelow = std::is_same_v<Factor, __half> ? 7 : 0;
@@ -430,6 +430,7 @@ template <int kMathRegisters, int kOtherRegisters, bool kThreeTileWarps = false,
           typename Initialise, typename Consume, typename Meet, typename Rest>
 __device__ void run_roles(const DecodeParams& params, int share, Tiles tiles, Queries queries, Initialise initialise,
                           Consume consume, Meet meet, Rest rest) {
+  static_assert(2 * kMathRegisters + kOtherRegisters <= 3 * (65536 / kThreads / 8 * 8), "more than a block can start with");
   const int warp = ptx::uniform(threadIdx.x / 32) - kMathThreads / 32;
   Pieces pieces(params);
   if (warp >= 0 && warp < 3) pieces.find(share);

@@ -190,8 +190,9 @@ void launch(DecodeParams params, const Blocks& blocks, const Cache& cache, CUten
   const auto wide = [&](auto rows) {
     run(Type<WideShared<Element, Element, rows>>{}, decode_wide_kernel<Element, Element, rows>, type);
   };
+  const auto run_quantized = [&](auto shared, auto kernel) { run(shared, kernel, CU_TENSOR_MAP_DATA_TYPE_UINT8); };
   const auto quantized = [&](auto rows) {
-    run(Type<QuantizedShared<Element, rows>>{}, decode_quantized_kernel<Element, rows>, CU_TENSOR_MAP_DATA_TYPE_UINT8);
+    run_quantized(Type<QuantizedShared<Element, rows>>{}, decode_quantized_kernel<Element, rows>);
   };
   switch (blocks.choice.kernel) {
     case Kernel::kNarrow16: return narrow(Constant<16>{});
@@ -203,11 +204,9 @@ void launch(DecodeParams params, const Blocks& blocks, const Cache& cache, CUten
     case Kernel::kQuantized16: return quantized(Constant<16>{});
     case Kernel::kQuantized32: return quantized(Constant<32>{});
     case Kernel::kQuantized64:
-      return run(Type<NarrowShared<Element, Float8, 64>>{}, decode_narrow_kernel<Element, Float8, 64>,
-                 CU_TENSOR_MAP_DATA_TYPE_UINT8);
+      return run_quantized(Type<NarrowShared<Element, Float8, 64>>{}, decode_narrow_kernel<Element, Float8, 64>);
     case Kernel::kQuantized128:
-      return run(Type<WideShared<Element, Float8, 128>>{}, decode_wide_kernel<Element, Float8, 128>,
-                 CU_TENSOR_MAP_DATA_TYPE_UINT8);
+      return run_quantized(Type<WideShared<Element, Float8, 128>>{}, decode_wide_kernel<Element, Float8, 128>);
   }
 }
 

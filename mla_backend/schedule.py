@@ -95,7 +95,7 @@ class DecodeSchedule:
         Args:
             seq_lens: [requests] int32, cached tokens per request.
             heads: query heads, 1 to 128.
-            max_query_len: upper bound on a request's query tokens; on a GPU at most 65535.
+            max_query_len: upper bound on a request's query tokens; at most 65535 on a GPU.
             max_seq_len: upper bound on `seq_lens`. The kernel is chosen by this, the numbers of requests, heads and
                 query tokens, `batch_invariant` and `quantized`, so a captured step must be replayed with schedules made
                 with the same.

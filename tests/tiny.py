@@ -67,7 +67,7 @@ def gaps_of(prompts: list[list[int]], continuations: list[list[int]], *, float8:
 
     Every token is judged after the ones that really came before it, so a choice between two that are almost equally
     likely costs almost nothing, whatever follows from it. With `float8` what follows a prompt reads a cache of float8
-    numbers: their rounding alone would make gaps of up to 0.45. The result is [prompts, tokens].
+    numbers, whose rounding alone makes larger gaps than other arithmetic. The result is [prompts, tokens].
     """
     from transformers import DynamicCache
 

@@ -65,7 +65,7 @@ __device__ void end_tiles(Shared& shared, int count) {
 template <typename Shared>
 __device__ void convert_tiles(Shared& shared, int warp, uint32_t rank) {
   using Element = typename Shared::Element;
-  constexpr int kEight = 8 * 128, kBlock = kTileTokens * 128;  // bytes of 8 rows of a block of columns, and of it
+  constexpr int kEight = 8 * 128, kBlock = sizeof(ColumnBlock<Element>);  // bytes of 8 rows of a block of columns, and of it
   constexpr int kEights = kTileTokens / 8, kRounds = 2 * kEights + 2;
   // Read anew, as there are few registers.
   const auto lane = [] { return static_cast<uint32_t>(ptx::thread_index()) % 32; };
@@ -79,7 +79,8 @@ __device__ void convert_tiles(Shared& shared, int warp, uint32_t rank) {
     const uint32_t to_latent = ptx::shared_address(to.latent[warp * 2]) + swizzled_128(row, chunk * 2);
     const auto load = [&](int round) {
       if (round < 2 * kEights) return ptx::load_shared((from_latent ^ round / kEights * 64) + round % kEights * kEight);
-      return ptx::load_shared(ptx::shared_address(from.rope[warp * (kTileTokens / 2)]) + lane() * 16 + (round - 2 * kEights) * 512);
+      return ptx::load_shared(ptx::shared_address(from.rope[warp * (kTileTokens / 2)]) + lane() * 16 +
+                              (round - 2 * kEights) * 16 * sizeof(from.rope[0]));
     };
     const auto store = [&](int round, const uint4& numbers) {
       if (round < 2 * kEights) {
@@ -87,7 +88,7 @@ __device__ void convert_tiles(Shared& shared, int warp, uint32_t rank) {
         store_converted<Element>(to_latent + offset, (to_latent ^ 16) + offset, numbers);
       } else {
         const uint32_t rope = ptx::shared_address(to.rope[warp * (kTileTokens / 2)]) + swizzled_64(lane() / 2, lane() % 2 * 2);
-        const uint32_t offset = (round - 2 * kEights) * 1024;
+        const uint32_t offset = (round - 2 * kEights) * 16 * sizeof(to.rope[0]);
         store_converted<Element>(rope + offset, (rope ^ 16) + offset, numbers);
       }
     };

@@ -52,7 +52,7 @@ struct HalfTile {
   Number rope[kTileTokens][kBlockRope];
 };
 
-// Tiles of a quantised cache, which are converted.
+// Tiles of a quantised cache, which are converted. A base of what is shared, as where there are none that takes no room.
 template <typename Cached>
 struct QuantizedTiles {
   HalfTile<Cached> quantized[2];
@@ -326,8 +326,11 @@ class WideConsumer : WideThread<Element, kRows> {
   }
 
   __device__ __forceinline__ uint64_t last_held_queries() const {
-    if constexpr (!Shared::kQuantized) return 0;
-    else return ptx::Matrix(ptx::shared_address(shared.query.last_held) + group_row() * 32, 0, 256, ptx::Swizzle::k32Bytes).at(0);
+    if constexpr (Shared::kQuantized) {
+      return ptx::Matrix(ptx::shared_address(shared.query.last_held) + group_row() * 32, 0, 256, ptx::Swizzle::k32Bytes).at(0);
+    } else {
+      return 0;
+    }
   }
 
   // Two neighbours in a row, which may start anywhere.

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
 
-from engine import MODEL, Run
+from engine import MODEL
 from prompts import demonstration_prompts
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -67,7 +67,7 @@ def gaps_of(prompts: list[list[int]], continuations: list[list[int]], *, float8:
 
     Every token is judged after the ones that really came before it, so a choice between two that are almost equally
     likely costs almost nothing, whatever follows from it. With `float8` what follows a prompt reads a cache of float8
-    numbers, whose rounding alone makes larger gaps than other arithmetic. The result is [prompts, tokens].
+    numbers. The result is [prompts, tokens].
     """
     from transformers import DynamicCache
 
@@ -85,12 +85,18 @@ def gaps_of(prompts: list[list[int]], continuations: list[list[int]], *, float8:
     return torch.stack(gaps)
 
 
-def mean_difference(run: Run, prompts: list[list[int]], dtype: torch.dtype) -> float:
-    """Return the mean absolute difference of a run's log-probabilities of the prompts' tokens from the model's."""
-    differences = []
-    for prompt, logprobs in zip(prompts, run.prompt_logprobs, strict=True):
-        with torch.no_grad():
-            expected = model(dtype)(torch.tensor([prompt], device=DEVICE)).logits[0, :-1].float().log_softmax(-1).cpu()
-        picked = expected.gather(1, torch.tensor(prompt[1:])[:, None])[:, 0]
-        differences.append((picked - torch.tensor(logprobs)).abs())
-    return float(torch.cat(differences).mean())
+def logprobs_of(prompts: list[list[int]], dtype: torch.dtype, *, float8: bool = False) -> list[torch.Tensor]:
+    """Return the model's log-probability of each prompt's tokens after the first; with `float8` over such a cache."""
+    of_prompts = []
+    for prompt in prompts:
+        with torch.no_grad(), float8_cache(model(dtype)) if float8 else nullcontext():
+            logits = model(dtype)(torch.tensor([prompt], device=DEVICE)).logits[0, :-1]
+        logprobs = logits.float().log_softmax(-1).cpu()
+        of_prompts.append(logprobs.gather(1, torch.tensor(prompt[1:])[:, None])[:, 0])
+    return of_prompts
+
+
+def mean_difference(logprobs: Sequence[list[float] | torch.Tensor], expected: list[torch.Tensor]) -> float:
+    """Return the mean absolute difference of log-probabilities, of a run or of a model, from the expected ones."""
+    pairs = zip(logprobs, expected, strict=True)
+    return float(torch.cat([(torch.as_tensor(of_prompt) - wanted).abs() for of_prompt, wanted in pairs]).mean())

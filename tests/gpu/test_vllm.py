@@ -13,7 +13,7 @@ import torch
 from engine import GREEDY, IN_ONE_PROCESS, Run, run_engine
 from gpu_engine import BESIDE, GAP, GRAPHS, ON_RAY, OTHERS, OURS
 from mla_backend import has_compiled_kernels
-from tiny import gaps_of, greedy, mean_difference, tokenized
+from tiny import gaps_of, greedy, logprobs_of, mean_difference, tokenized
 
 pytestmark = pytest.mark.skipif(
     not (torch.cuda.is_available() and has_compiled_kernels() and importlib.util.find_spec("vllm")),
@@ -104,8 +104,9 @@ def test_graphs_change_no_token(runs: dict[str, Future[Run]]) -> None:
 def test_logprobs_are_as_close_as_with_flashmla(
     runs: dict[str, Future[Run]], capsys: pytest.CaptureFixture[str]
 ) -> None:
+    expected = logprobs_of(tokenized(LONG), torch.float32)
     ours, theirs = (
-        mean_difference(runs[name].result(), tokenized(LONG), torch.float32) for name in ("scores", "scores, FLASHMLA")
+        mean_difference(runs[name].result().prompt_logprobs, expected) for name in ("scores", "scores, FLASHMLA")
     )
     with capsys.disabled():
         print(f"\nmean |log-probability - transformers' in fp32|: HOPPER_MLA {ours:.5f}, FLASHMLA {theirs:.5f}")
@@ -113,21 +114,26 @@ def test_logprobs_are_as_close_as_with_flashmla(
 
 
 def test_a_quantised_cache(runs: dict[str, Future[Run]], capsys: pytest.CaptureFixture[str]) -> None:
-    """Rounding to float8 is FLASHMLA's, too, which rounds queries and probabilities besides."""
+    """What arithmetic adds to the rounding of a cache to float8, in text and in scores, beside FLASHMLA.
+
+    Latents that differ by bf16's rounding are rounded to other float8 numbers, so no single token says much: one that
+    the model over such a cache finds less likely by 0.4, or once by 1, is common. Means are steady.
+    """
     gaps = gaps_of(tokenized(SHORT), runs["fp8"].result().tokens, float8=True)
     likeliest = (gaps == 0).sum(1).float().mean().item()
+    plain, expected = (logprobs_of(tokenized(LONG), torch.float32, float8=float8) for float8 in (False, True))
     ours, theirs = (
-        mean_difference(runs[name].result(), tokenized(LONG), torch.float32)
+        mean_difference(runs[name].result().prompt_logprobs, expected)
         for name in ("fp8, scores", "fp8, scores, FLASHMLA")
     )
+    rounding = mean_difference(plain, expected)
     with capsys.disabled():
-        print(
-            f"\nfp8: of 64 tokens {likeliest:.1f} are the likeliest in fp32 over such a cache, all are within ", end=""
-        )
-        print(f"{gaps.max():.3f} of it; mean |log-probability - transformers' in fp32|: ", end="")
-        print(f"HOPPER_MLA {ours:.5f}, FLASHMLA {theirs:.5f}")
-    assert gaps.max() < GAP
+        print(f"\nfp8: of 64 tokens {likeliest:.1f} are the likeliest in fp32 over such a cache; ", end="")
+        print("mean |log-probability - transformers' in fp32 over such a cache|: ", end="")
+        print(f"HOPPER_MLA {ours:.5f}, FLASHMLA {theirs:.5f}, transformers' without one {rounding:.5f}")
+    assert likeliest >= 62  # a cache that is read 20 % too large makes 60.8
     assert ours < theirs
+    assert ours < rounding  # bf16 makes four fifths of it, a cache that is read 5 % too large half as much again
 
 
 def test_mixed_batch_with_chunked_prefill_and_prefix_caching(runs: dict[str, Future[Run]]) -> None:

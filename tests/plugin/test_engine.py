@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from engine import GREEDY, IN_ONE_PROCESS, ONLY_OURS, Run, run_engine
-from tiny import gaps_of, greedy, mean_difference, tokenized
+from tiny import gaps_of, greedy, logprobs_of, mean_difference, tokenized
 
 BY_VARIABLE = {"VLLM_ATTENTION_BACKEND": "HOPPER_MLA"}
 # In log-probability. Two tokens that are as likely but for fp32's rounding, which differs between processors, are both
@@ -121,7 +121,8 @@ def test_teacher_forced_logprobs_in_bf16(capsys: pytest.CaptureFixture[str]) -> 
     vllms = run_engine(prompts, ask, **settings, compilation_config={"custom_ops": ["-rotary_embedding"]})
     assert "Using HOPPER_MLA attention backend" in ours.log
     assert "HOPPER_MLA attention backend" not in vllms.log
-    difference, vllms_difference = (mean_difference(run, prompts, torch.bfloat16) for run in (ours, vllms))
+    expected = logprobs_of(prompts, torch.bfloat16)
+    difference, vllms_difference = (mean_difference(run.prompt_logprobs, expected) for run in (ours, vllms))
     with capsys.disabled():
         print(f"\nmean |log-probability - transformers'|: ours {difference:.5f}, vLLM's {vllms_difference:.5f}")
     assert difference < 0.02

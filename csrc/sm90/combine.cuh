@@ -67,12 +67,12 @@ struct Part32InOrder : Part32 {
   __device__ static int column(int place, int i) { return place * kColumns + i * 2; }
 };
 
-// Where a row of a part in float16 has the powers of two that its columns were divided by, one for so many of them.
-constexpr int kScales = kLatentDim / 2, kScaleColumns = 128;
+// Where a row of a part in float16 has the powers of two that its columns were divided by.
+constexpr int kScales = kLatentDim / 2;
 
 // In float16: eight of 64 columns.
 struct Part16 {
-  static constexpr int kColumns = 8;
+  static constexpr int kColumns = 8, kScaleColumns = 128;  // so many have the same scale
   float4 values = {};  // eight
   float scale = 0;
 
@@ -95,6 +95,37 @@ struct Part16 {
   }
 
   __device__ static int column(int place, int i) { return place / 4 * 32 + i * 8 + place % 4 * 2; }
+};
+
+// The same where a thread has two neighbours of every 64 columns of a half: eight of a warp's 64.
+struct Part16ByBlocks : Part16 {
+  static constexpr int kScaleColumns = 64;
+
+  __device__ __forceinline__ void load_if(bool exists, const float* row, int place) {
+    ptx::load_if(exists, values, reinterpret_cast<const float4*>(row) + place);
+    ptx::load_if(exists, scale, row + kScales + place * kColumns / kScaleColumns);
+  }
+
+  __device__ static int column(int place, int i) { return place / 32 * (kLatentDim / 2) + i * 64 + place % 32 * 2; }
+};
+
+// The largest of a thread's results in float16 lies between these, or they are scaled. Numbers 2^6 times smaller than the least of
+// it have all significant bits.
+constexpr float kLeastHalf = 1.f / 256, kMostHalf = 32768;
+
+__device__ __forceinline__ bool fits_half(__half2 largest) {
+  const float either = fmaxf(__low2float(largest), __high2float(largest));
+  return either >= kLeastHalf && either < kMostHalf;
+}
+
+// A power of two by which numbers up to `peak` are divided so that this becomes 2^14 or a little more.
+struct HalfScale {
+  float scale, divisor;  // and its reciprocal
+
+  __device__ __forceinline__ explicit HalfScale(float peak) {
+    const int exponent = max(static_cast<int>(__float_as_uint(peak) >> 23) - 127 - 14, -100);
+    scale = __uint_as_float(127 + exponent << 23), divisor = __uint_as_float(127 - exponent << 23);
+  }
 };
 
 // A weighted sum of parts and the sum of their weights, both relative to 2^peak: an online softmax over parts.

@@ -161,6 +161,7 @@ template <typename Element, typename Cached, int kN>
 __device__ void consume_narrow(const DecodeParams& params, NarrowShared<Element, Cached, kN>& shared) {
   using Shared = NarrowShared<Element, Cached, kN>;
   using Factor = typename Shared::Factor;
+  using Part = std::conditional_t<Shared::kQuantized, Part16ByBlocks, Part32>;
   constexpr int kScores = Shared::kRows / 2, kColumns = Shared::kRows / 4;  // that a thread holds: scores, and parts of rows
   const int group = ptx::uniform(threadIdx.x / 128);
   const int first_row = group * Shared::kRows;  // that the warpgroup finds the probabilities of
@@ -340,7 +341,11 @@ __device__ void consume_narrow(const DecodeParams& params, NarrowShared<Element,
     // needed before.
     int complete = results.complete;
     if (!complete) {
-      store_part(results, out, group, at);
+      if constexpr (std::is_same_v<Part, Part16ByBlocks>) {
+        store_part16(results, out, group, at);
+      } else {
+        store_part(results, out, group, at);
+      }
       results.announce(own_barrier);
     }
     asm volatile("" : "+r"(complete));
@@ -369,7 +374,6 @@ __device__ void consume_narrow(const DecodeParams& params, NarrowShared<Element,
     meet();  // before the next piece overwrites the sums
   }
   // What they add up goes where probabilities were.
-  using Part = std::conditional_t<Shared::kQuantized, Part32InOrder, Part32>;
   static_assert(sizeof(WarpSums<Part>[2]) <= sizeof(shared.probabilities));
   auto& sums = reinterpret_cast<WarpSums<Part>(&)[2]>(shared.probabilities);
   combine_split<Element, Part, 2>(params, shared.split, group, own_barrier, sums[group]);

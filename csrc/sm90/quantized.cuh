@@ -37,58 +37,58 @@ __device__ __forceinline__ uint32_t half_of_bfloat16(uint32_t two, float power) 
 
 // Make queries that have arrived float16 in that order, where they lie. bfloat16 has a larger range, so each row of such is
 // multiplied by a power of two, and its scores' `scale` divided. Called by both mathematics warpgroups, which meet then.
+//
+// Eight lanes have a row: four of them the units of a block of columns, every other block. Of those that access shared memory at
+// the same time four have one row and four the next, whose chunks lie in other banks.
 template <typename Element, int kN, int kBlocks>
 __device__ __forceinline__ void prepare_queries(Element (&query)[kBlocks][kN][64], float (&scales)[kN], float scale) {
-  constexpr int kUnits = kHeadDim / kUnit, kBlockUnits = 64 / kUnit, kWarps = kMathThreads / 32;
-  static_assert(kUnits > 32 && kUnits <= 64);
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  constexpr int kTogether = kN / kWarps < 2 ? 1 : 2;  // rows of a warp, so that their loads do not wait for each other
+  constexpr int kWarps = kMathThreads / 32, kWarpRows = 4, kOwnBlocks = (kBlocks + 1) / 2, kTwoBlocks = 2 * sizeof(query[0]);
+  static_assert(64 / kUnit == 4 && kBlocks % 2 == 1);
+  constexpr bool kScaled = std::is_same_v<Element, __nv_bfloat16>;
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, odd = lane / 8 % 2;
 #pragma unroll 1
-  for (int first = warp; first < kN; first += kWarps * kTogether) {
-    uint4 chunks[kTogether][2][2];
-    uint32_t largest[kTogether];
-    const auto chunk = [&](int r, int u, int i) {
-      const int unit = lane + u * 32, row = first + r * kWarps;
-      return ptx::shared_address(query[unit / kBlockUnits]) + swizzled_128(row, unit % kBlockUnits * 2 + i);
-    };
+  for (int first = warp * kWarpRows; first < kN; first += kWarps * kWarpRows) {
+    const int row = first + lane / 4 % 2 + lane / 16 * 2;
+    const uint32_t low = ptx::shared_address(query[odd]) + swizzled_128(row, lane % 4 * 2), high = low ^ 16;
+    const auto exists = [&](int b) { return b + 1 < kOwnBlocks || odd == 0; };
+    uint4 chunks[kOwnBlocks][2];
+    uint32_t largest = 0;
 #pragma unroll
-    for (int r = 0; r < kTogether; ++r) {
-      largest[r] = 0;
+    for (int b = 0; b < kOwnBlocks; ++b) {
+      if (!exists(b)) continue;
+      chunks[b][0] = ptx::load_shared(low + b * kTwoBlocks), chunks[b][1] = ptx::load_shared(high + b * kTwoBlocks);
+    }
+    uint32_t power = 0, reciprocal = 0x3F800000;
+    if constexpr (kScaled) {
 #pragma unroll
-      for (int u = 0; u < 2; ++u) {
-        if (lane + u * 32 >= kUnits) continue;
+      for (int b = 0; b < kOwnBlocks; ++b) {
+        if (!exists(b)) continue;
 #pragma unroll
-        for (int i = 0; i < 2; ++i) {
-          const uint4 c = chunks[r][u][i] = ptx::load_shared(chunk(r, u, i));
-          if constexpr (std::is_same_v<Element, __nv_bfloat16>) {
-            const auto absolute = [](uint32_t two) { return two & 0x7FFF7FFF; };
-            const uint32_t two = __vmaxu2(__vmaxu2(absolute(c.x), absolute(c.y)), __vmaxu2(absolute(c.z), absolute(c.w)));
-            largest[r] = max(largest[r], max(two & 0xFFFF, two >> 16));
-          }
+        for (const uint4& c : chunks[b]) {
+          const auto absolute = [](uint32_t two) { return two & 0x7FFF7FFF; };
+          largest = __vmaxu2(largest, __vmaxu2(__vmaxu2(absolute(c.x), absolute(c.y)), __vmaxu2(absolute(c.z), absolute(c.w))));
         }
       }
+#pragma unroll
+      for (int offset : {1, 2, 8}) largest = __vmaxu2(largest, __shfl_xor_sync(~0u, largest, offset));
+      row_powers(max(largest & 0xFFFF, largest >> 16), power, reciprocal);
     }
 #pragma unroll
-    for (int r = 0; r < kTogether; ++r) {
-      uint32_t power = 0, reciprocal = 0x3F800000;
-      if constexpr (std::is_same_v<Element, __nv_bfloat16>) row_powers(__reduce_max_sync(~0u, largest[r]), power, reciprocal);
+    for (int b = 0; b < kOwnBlocks; ++b) {
+      if (!exists(b)) continue;
+      reorder_unit(chunks[b][0], chunks[b][1]);
 #pragma unroll
-      for (int u = 0; u < 2; ++u) {
-        if (lane + u * 32 >= kUnits) continue;
-        reorder_unit(chunks[r][u][0], chunks[r][u][1]);
-#pragma unroll
-        for (int i = 0; i < 2; ++i) {
-          uint4 c = chunks[r][u][i];
-          if constexpr (std::is_same_v<Element, __nv_bfloat16>) {
-            const float factor = __uint_as_float(power);
-            c = make_uint4(half_of_bfloat16(c.x, factor), half_of_bfloat16(c.y, factor), half_of_bfloat16(c.z, factor),
-                           half_of_bfloat16(c.w, factor));
-          }
-          ptx::store_shared(chunk(r, u, i), c);
+      for (int i = 0; i < 2; ++i) {
+        uint4 c = chunks[b][i];
+        if constexpr (kScaled) {
+          const float factor = __uint_as_float(power);
+          c = make_uint4(half_of_bfloat16(c.x, factor), half_of_bfloat16(c.y, factor), half_of_bfloat16(c.z, factor),
+                         half_of_bfloat16(c.w, factor));
         }
+        ptx::store_shared((i == 0 ? low : high) + b * kTwoBlocks, c);
       }
-      if (lane == 0) scales[first + r * kWarps] = never_zero(scale * __uint_as_float(reciprocal));
     }
+    if (lane % 4 == 0 && odd == 0) scales[row] = never_zero(scale * __uint_as_float(reciprocal));
   }
   ptx::fence_proxy_async();
 }

@@ -77,6 +77,44 @@ __device__ __forceinline__ void store_part(const Rows<Element>& results, const f
   }
 }
 
+// The same in float16, with scales. Called by whole warps.
+template <typename Element, int kCount>
+__device__ __forceinline__ void store_part16(const Rows<Element>& results, const float (&out)[kGroupBlocks][kCount], int half,
+                                             const Place& at) {
+  static_assert(2 * kGroupBlocks == Part16ByBlocks::kColumns);
+  const int place = half * 32 + at.warp * 8 + at.lane / 4;
+#pragma unroll
+  for (int c = 0; c < kCount / 2; ++c) {
+    const int row = at.column(c);
+    const bool exists = row < results.last_row;
+    const auto two = [&](int b) { return &out[b][c / 2 * 4 + c % 2]; };
+    uint32_t packed[kGroupBlocks];
+    __half2 largest = {};
+#pragma unroll
+    for (int b = 0; b < kGroupBlocks; ++b) {
+      packed[b] = pack<__half>(two(b)[0], two(b)[2]);
+      largest = __hmax2(largest, __habs2(reinterpret_cast<const __half2&>(packed[b])));
+    }
+    float scale = 1;
+    // Nearly always all is well as it is. To look at several rows at a time takes 0.3 us longer, though it is less code.
+    if (__any_sync(~0u, exists && !fits_half(largest))) {
+      float peak = 0;
+#pragma unroll
+      for (int b = 0; b < kGroupBlocks; ++b) peak = fmaxf(peak, fmaxf(fabsf(two(b)[0]), fabsf(two(b)[2])));
+      const HalfScale fitted(column_max(peak));
+      scale = fitted.scale;
+#pragma unroll
+      for (int b = 0; b < kGroupBlocks; ++b) {
+        packed[b] = pack<__half>(two(b)[0] * fitted.divisor, two(b)[2] * fitted.divisor);
+      }
+    }
+    if (!exists) continue;
+    float* to = results.partial_out(row);
+    reinterpret_cast<uint4*>(to)[place] = make_uint4(packed[0], packed[1], packed[2], packed[3]);
+    if (at.lane < 4) to[kScales + place * Part16ByBlocks::kColumns / Part16ByBlocks::kScaleColumns] = scale;
+  }
+}
+
 // Write rows of the output, half number `half` of the columns.
 template <typename Element, int kCount>
 __device__ __forceinline__ void store_pairs(const Rows<Element>& results, const float (&out)[kGroupBlocks][kCount], int half,

@@ -7,10 +7,6 @@ namespace mla_backend::sm90 {
 
 constexpr int kBlockLatent = kLatentDim / 2;  // columns of a thread block of the cluster
 
-// The largest of a thread's results in float16 lies between these, or they are scaled. Numbers 2^6 times smaller than the least of
-// it have all significant bits.
-constexpr float kLeastHalf = 1.f / 256, kMostHalf = 32768;
-
 // A mathematics thread of a wide kernel: which rows and columns of its warpgroup's accumulators are its own, 128 of 64 query rows x
 // kBlockLatent columns, and how it stores them.
 template <typename Element, int kRows>
@@ -99,7 +95,7 @@ class WideThread {
         Part read[kLoads];
 #pragma unroll
         for (int k = 0; k < kLoads; ++k) {
-          const bool scaled_alike = k * kPlaceAccumulators % (kScaleColumns / 2) > 0;
+          const bool scaled_alike = k * kPlaceAccumulators % (Part::kScaleColumns / 2) > 0;
           read[k].load_if(exists, from, place_of(kBegin + k * kPlaceAccumulators), scaled_alike ? &read[k - 1] : nullptr);
         }
         const Weights weights(log2_sum[i], other);
@@ -121,7 +117,8 @@ class WideThread {
   // columns. Called by whole warps.
   template <int kBegin, int kEnd, typename Value>
   __device__ __forceinline__ void store_part(const Rows<Element>& results, int row, Value value) {
-    constexpr int kColumns = (kEnd - kBegin) / 2, kScaled = kScaleColumns / 4;  // of a thread: all, and those with the same scale
+    // Of a thread: all, and those with the same scale.
+    constexpr int kColumns = (kEnd - kBegin) / 2, kScaled = Part::kScaleColumns / 4;
     const auto column = [&](int c) { return value(kBegin + c / 2 * 4 + c % 2); };
     uint32_t packed[kColumns / 2];
     __half2 largest[kColumns / kScaled] = {};
@@ -137,22 +134,18 @@ class WideThread {
     // Nearly always all is well as it is. Else the largest of all columns with the same scale becomes 2^14 or a little more.
     bool fits = true;
 #pragma unroll
-    for (const __half2 of_scale : largest) {
-      const float either = fmaxf(__low2float(of_scale), __high2float(of_scale));
-      fits &= either >= kLeastHalf && either < kMostHalf;
-    }
+    for (const __half2 of_scale : largest) fits &= fits_half(of_scale);
     if (__any_sync(~0u, row < results.last_row && !fits)) {
 #pragma unroll
       for (int s = 0; s < kColumns / kScaled; ++s) {
         float peak = 0;
 #pragma unroll
         for (int c = s * kScaled; c < (s + 1) * kScaled; ++c) peak = fmaxf(peak, fabsf(column(c)));
-        const int exponent = max(static_cast<int>(__float_as_uint(quad_max(peak)) >> 23) - 127 - 14, -100);
-        scale[s] = __uint_as_float(127 + exponent << 23);
-        const float divisor = __uint_as_float(127 - exponent << 23);
+        const HalfScale fitted(quad_max(peak));
+        scale[s] = fitted.scale;
 #pragma unroll
         for (int c = s * kScaled; c < (s + 1) * kScaled; c += 2) {
-          packed[c / 2] = pack<__half>(column(c) * divisor, column(c + 1) * divisor);
+          packed[c / 2] = pack<__half>(column(c) * fitted.divisor, column(c + 1) * fitted.divisor);
         }
       }
     }
@@ -165,7 +158,7 @@ class WideThread {
     }
     if (own_lane() % 4 > 0) return;
 #pragma unroll
-    for (int s = 0; s < kColumns / kScaled; ++s) to[kScales + place * Part::kColumns / kScaleColumns + s] = scale[s];
+    for (int s = 0; s < kColumns / kScaled; ++s) to[kScales + place * Part::kColumns / Part::kScaleColumns + s] = scale[s];
   }
 
   // Lanes with even numbers exchange what they have of the second group for what the others have of the first, so that all store

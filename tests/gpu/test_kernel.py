@@ -269,16 +269,23 @@ def test_a_call_is_one_launch(heads: int, seq_lens: list[int], quantized: bool) 
     assert "mla_backend::sm90::decode_" in launched[0]
 
 
+@both_caches
 @pytest.mark.parametrize("magnitude", [2.0**-60, 2.0**-14, 1, 2.0**16, 2.0**60])
 @pytest.mark.parametrize("seq_lens", [[9000], [2000] * 33, [37 * i % 3001 for i in range(1, 150)]], ids=len)
 @pytest.mark.parametrize("heads", [16, 40, 128])
-def test_parts_keep_their_precision(heads: int, seq_lens: list[int], magnitude: float) -> None:
-    """Whatever the size of values, and beside columns whose values are 2^12 times larger."""
-    arguments = Step(seq_lens, [1] * len(seq_lens), heads, deviation=1.0).arguments()
+def test_parts_keep_their_precision(heads: int, seq_lens: list[int], magnitude: float, quantized: bool) -> None:
+    """Whatever the size of values, and beside columns whose values are 2^12 times larger, 2^8 times those of float8."""
+    arguments = Step(seq_lens, [1] * len(seq_lens), heads, deviation=1.0, quantized=quantized).arguments()
     assert arguments["schedule"].splits[-1] > 0
-    factors = torch.full((512,), magnitude, device="cuda")
-    factors[::100] *= 2**12
-    arguments["kv_cache"][..., :512] *= factors
+    factors, largest = torch.full((512,), magnitude, device="cuda"), magnitude * (2**8 if quantized else 2**12)
+    factors[::100] = largest
+    values = arguments["kv_cache"][..., :512]
+    if quantized:  # float8 has no larger numbers, but all may be
+        values.copy_((values.float() * (factors / largest)).to(values.dtype))
+        arguments["kv_scale"] *= largest
+        arguments["q_pe"] /= largest
+    else:
+        values *= factors
     arguments["q_nope"] /= factors
     expected, _ = reference(arguments)
     error = (mla_decode(**arguments).float() - expected) / factors

@@ -71,10 +71,10 @@ struct DecodeParams {
 
   // Results of requests that several workers share: [slots, row_blocks, block_rows, 512] normalised, and the base-2 logarithm
   // of their denominators [slots, row_blocks, block_rows]. Columns lie as the tensor cores leave them to threads, so that each
-  // stores sixteen bytes or, in the narrow kernels, eight at a time.
+  // stores sixteen bytes or, in the narrow kernels' float32, eight at a time.
   //
   // The narrow kernels': of each sixteen columns the second eight lie between the first eight, 0, 8, 1, 9 and so on; in order where
-  // they convert a quantised cache.
+  // they convert a quantised cache for up to 32 rows.
   //
   // The wide kernels', which are large: float16 in the first half of a row, with three significant bits more than bfloat16; of each
   // 32 columns first 0 and 1, 8 and 9, 16 and 17, 24 and 25, then 2 and 3 and so on. After them for each 128 columns the power of

@@ -70,14 +70,15 @@ struct Part32InOrder : Part32 {
 // Where a row of a part in float16 has the powers of two that its columns were divided by.
 constexpr int kScales = kLatentDim / 2;
 
-// In float16: eight of 64 columns.
-struct Part16 {
-  static constexpr int kColumns = 8, kScaleColumns = 128;  // so many have the same scale
+// In float16, eight numbers; kScaled numbers side by side have the same scale.
+template <int kScaled>
+struct ScaledPart16 {
+  static constexpr int kColumns = 8, kScaleColumns = kScaled;
   float4 values = {};  // eight
   float scale = 0;
 
   // `neighbour`, if there is one, is at another place of the row that has the same scale.
-  __device__ __forceinline__ void load_if(bool exists, const float* row, int place, const Part16* neighbour = nullptr) {
+  __device__ __forceinline__ void load_if(bool exists, const float* row, int place, const ScaledPart16* neighbour = nullptr) {
     ptx::load_if(exists, values, reinterpret_cast<const float4*>(row) + place);
     if (neighbour == nullptr) {
       ptx::load_if(exists, scale, row + kScales + place * kColumns / kScaleColumns);
@@ -93,19 +94,15 @@ struct Part16 {
       sum[i * 2] += weight * scale * two.x, sum[i * 2 + 1] += weight * scale * two.y;
     }
   }
+};
 
+// The wide kernels': two neighbours of every eight of 32 columns.
+struct Part16 : ScaledPart16<128> {
   __device__ static int column(int place, int i) { return place / 4 * 32 + i * 8 + place % 4 * 2; }
 };
 
-// The same where a thread has two neighbours of every 64 columns of a half: eight of a warp's 64.
-struct Part16ByBlocks : Part16 {
-  static constexpr int kScaleColumns = 64;
-
-  __device__ __forceinline__ void load_if(bool exists, const float* row, int place) {
-    ptx::load_if(exists, values, reinterpret_cast<const float4*>(row) + place);
-    ptx::load_if(exists, scale, row + kScales + place * kColumns / kScaleColumns);
-  }
-
+// The narrow kernel's over a quantised cache: two neighbours of every 64 columns of a half. A warp has 64 numbers.
+struct Part16ByBlocks : ScaledPart16<64> {
   __device__ static int column(int place, int i) { return place / 32 * (kLatentDim / 2) + i * 64 + place % 32 * 2; }
 };
 
@@ -120,11 +117,11 @@ __device__ __forceinline__ bool fits_half(__half2 largest) {
 
 // A power of two by which numbers up to `peak` are divided so that this becomes 2^14 or a little more.
 struct HalfScale {
-  float scale, divisor;  // and its reciprocal
+  float scale, reciprocal;
 
   __device__ __forceinline__ explicit HalfScale(float peak) {
     const int exponent = max(static_cast<int>(__float_as_uint(peak) >> 23) - 127 - 14, -100);
-    scale = __uint_as_float(127 + exponent << 23), divisor = __uint_as_float(127 - exponent << 23);
+    scale = __uint_as_float(127 + exponent << 23), reciprocal = __uint_as_float(127 - exponent << 23);
   }
 };
 

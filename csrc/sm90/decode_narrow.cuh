@@ -162,6 +162,7 @@ __device__ void consume_narrow(const DecodeParams& params, NarrowShared<Element,
   using Shared = NarrowShared<Element, Cached, kN>;
   using Factor = typename Shared::Factor;
   using Part = std::conditional_t<Shared::kQuantized, Part16ByBlocks, Part32>;
+  static_assert(!Shared::kQuantized || kN > 32, "add_parts() takes parts in float32");
   constexpr int kScores = Shared::kRows / 2, kColumns = Shared::kRows / 4;  // that a thread holds: scores, and parts of rows
   const int group = ptx::uniform(threadIdx.x / 128);
   const int first_row = group * Shared::kRows;  // that the warpgroup finds the probabilities of
@@ -341,7 +342,7 @@ __device__ void consume_narrow(const DecodeParams& params, NarrowShared<Element,
     // needed before.
     int complete = results.complete;
     if (!complete) {
-      if constexpr (std::is_same_v<Part, Part16ByBlocks>) {
+      if constexpr (Shared::kQuantized) {
         store_part16(results, out, group, at);
       } else {
         store_part(results, out, group, at);

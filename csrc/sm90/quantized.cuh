@@ -12,9 +12,7 @@ namespace mla_backend::sm90 {
 
 constexpr int kQuantizedColumns = 128, kQuantizedBlockBytes = kTileTokens * kQuantizedColumns;  // of a block of columns
 
-constexpr int kUnit = 16;  // columns that queries are reordered in: as many float8 numbers as a chunk of 16 bytes has
-
-// Of 16 columns of a query row, two chunks of 16 bytes, the order that threads have cached numbers in: a thread has four
+// Of a unit of 16 columns of a query row, two chunks of 16 bytes, the order that threads have cached numbers in: a thread has four
 // neighbours, of which wgmma takes two for the first eight columns and two for the others.
 __device__ __forceinline__ void reorder_unit(uint4& low, uint4& high) {
   const uint4 first = low, second = high;
@@ -43,7 +41,7 @@ __device__ __forceinline__ uint32_t half_of_bfloat16(uint32_t two, float power) 
 template <typename Element, int kN, int kBlocks>
 __device__ __forceinline__ void prepare_queries(Element (&query)[kBlocks][kN][64], float (&scales)[kN], float scale) {
   constexpr int kWarps = kMathThreads / 32, kWarpRows = 4, kOwnBlocks = (kBlocks + 1) / 2, kTwoBlocks = 2 * sizeof(query[0]);
-  static_assert(64 / kUnit == 4 && kBlocks % 2 == 1);
+  static_assert(kBlocks % 2 == 1);
   constexpr bool kScaled = std::is_same_v<Element, __nv_bfloat16>;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, odd = lane / 8 % 2;
 #pragma unroll 1
@@ -52,7 +50,6 @@ __device__ __forceinline__ void prepare_queries(Element (&query)[kBlocks][kN][64
     const uint32_t low = ptx::shared_address(query[odd]) + swizzled_128(row, lane % 4 * 2), high = low ^ 16;
     const auto exists = [&](int b) { return b + 1 < kOwnBlocks || odd == 0; };
     uint4 chunks[kOwnBlocks][2];
-    uint32_t largest = 0;
 #pragma unroll
     for (int b = 0; b < kOwnBlocks; ++b) {
       if (!exists(b)) continue;
@@ -60,6 +57,7 @@ __device__ __forceinline__ void prepare_queries(Element (&query)[kBlocks][kN][64
     }
     uint32_t power = 0, reciprocal = 0x3F800000;
     if constexpr (kScaled) {
+      uint32_t largest = 0;
 #pragma unroll
       for (int b = 0; b < kOwnBlocks; ++b) {
         if (!exists(b)) continue;

@@ -77,7 +77,8 @@ __device__ __forceinline__ void store_part(const Rows<Element>& results, const f
   }
 }
 
-// The same in float16, with scales. Called by whole warps.
+// The same in float16, with scales, where a thread's two numbers of a block are neighbours, as store_pairs() has them. Called by
+// whole warps.
 template <typename Element, int kCount>
 __device__ __forceinline__ void store_part16(const Rows<Element>& results, const float (&out)[kGroupBlocks][kCount], int half,
                                              const Place& at) {
@@ -105,7 +106,7 @@ __device__ __forceinline__ void store_part16(const Rows<Element>& results, const
       scale = fitted.scale;
 #pragma unroll
       for (int b = 0; b < kGroupBlocks; ++b) {
-        packed[b] = pack<__half>(two(b)[0] * fitted.divisor, two(b)[2] * fitted.divisor);
+        packed[b] = pack<__half>(two(b)[0] * fitted.reciprocal, two(b)[2] * fitted.reciprocal);
       }
     }
     if (!exists) continue;

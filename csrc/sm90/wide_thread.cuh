@@ -131,7 +131,7 @@ class WideThread {
     float scale[kColumns / kScaled];
 #pragma unroll
     for (float& of : scale) of = 1;
-    // Nearly always all is well as it is. Else the largest of all columns with the same scale becomes 2^14 or a little more.
+    // Nearly always all is well as it is.
     bool fits = true;
 #pragma unroll
     for (const __half2 of_scale : largest) fits &= fits_half(of_scale);
@@ -145,7 +145,7 @@ class WideThread {
         scale[s] = fitted.scale;
 #pragma unroll
         for (int c = s * kScaled; c < (s + 1) * kScaled; c += 2) {
-          packed[c / 2] = pack<__half>(column(c) * fitted.divisor, column(c + 1) * fitted.divisor);
+          packed[c / 2] = pack<__half>(column(c) * fitted.reciprocal, column(c + 1) * fitted.reciprocal);
         }
       }
     }

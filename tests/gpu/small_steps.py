@@ -26,7 +26,7 @@ STEPS: list[dict[str, Any]] = [
     {"heads": 64, "seq_lens": [512] + [0] * 70, "query_lens": [1] * 71},
     # Over a quantised cache.
     {"heads": 16, "quantized": True},
-    {"heads": 16, "seq_lens": [9000], "query_lens": [1], "quantized": True},
+    *({"heads": heads, "seq_lens": [9000], "query_lens": [1], "quantized": True} for heads in (16, 40)),
     {"heads": 20, "page_size": 32, "query_padding": 1, "quantized": True},
     {"heads": 40, "query_lens": [1, 2, 0, 3], "padding_rows": 2, "dtype": torch.float16, "quantized": True},
     {"heads": 128, "page_size": 16, "quantized": True},

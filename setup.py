@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from setuptools import Extension, setup
@@ -78,9 +79,13 @@ class BuildKernels(build_ext):
         common = ["-O3", "-c"]
         kernels = [nvcc, "-std=c++17", *common, f"-gencode={TARGET}", "-Xcompiler=-fPIC", "-Xptxas=-v", "-no-compress"]
         binding = [nvcc, "-std=c++20", *common, "-Xcompiler=-fPIC", f"-DTORCH_TARGET_VERSION={TORCH_TARGET}"]
-        self.spawn([*kernels, str(ROOT / "csrc/launch.cu"), "-o", str(objects / "launch.o")])
+        compilations = (
+            [*kernels, str(ROOT / "csrc/launch.cu"), "-o", str(objects / "launch.o")],
+            [*binding, f"-I{headers}", str(ROOT / "csrc/bindings.cpp"), "-o", str(objects / "bindings.o")],
+        )
+        with ThreadPoolExecutor() as pool:  # side by side
+            list(pool.map(self.spawn, compilations))
         self.spawn([sys.executable, str(ROOT / "csrc/locate.py"), str(objects / "launch.o")])
-        self.spawn([*binding, f"-I{headers}", str(ROOT / "csrc/bindings.cpp"), "-o", str(objects / "bindings.o")])
         # The library must name torch's libraries as needed, to find their symbols in the process; but the torch here
         # may be a build without CUDA. Empty stand-ins of the same names do.
         needed = [objects / f"lib{name}.so" for name in ("torch_cpu", "torch_cuda")]

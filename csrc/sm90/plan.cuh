@@ -10,7 +10,8 @@
 //
 // Where there is a worker for every request at least, each gets workers of its own, so many that none has more than a limit, unless
 // that would have to be much more than an even share: to leave a few idle costs less than to let most of them begin anew in the
-// middle of their share. Parts then come at the same time, and all who have one add them up. Workers that are left over help.
+// middle of their share. Parts then come at the same time, and all who have one add them up. Workers that are left over help with
+// that: if they took tiles, there would be more parts, and nobody would be ready sooner.
 //
 // And no request is split where that would save less time than it takes to combine parts, or in a batch-invariant schedule: the
 // worker with a request's beginning has all of it.
@@ -31,7 +32,7 @@ struct PlanParams {
   const int32_t* seq_lens;
   int requests;
   int workers;      // at most
-  int least_share;  // as many workers as have this on average
+  int least_share;  // if more than half of the workers have something, this on average
   int begin_cost;   // of a request
   int uneven_cost;  // of shares that begin anywhere, if otherwise some requests were split
   int whole_cost;   // and if otherwise none were
@@ -63,12 +64,7 @@ struct Allotment {
   int most;
   int workers, split;  // of all requests, and how many of these are split
 
-  // What is left over is given to those that are split, as many to each.
-  __device__ int extra(int available) const { return split > 0 ? (available - workers) / split : 0; }
-  __device__ int workers_of(int tiles, int extra) const {
-    const int least = (tiles + most - 1) / most;
-    return least > 1 ? min(tiles, least + extra) : least;
-  }
+  __device__ int workers_of(int tiles) const { return (tiles + most - 1) / most; }
 };
 
 // The request that a share begins with: its number and length, where its first tile is in cost and in tiles, its first partial
@@ -114,7 +110,7 @@ __global__ void __launch_bounds__(kPlanThreads) plan_kernel(PlanParams params, S
   Division division(all_tiles + begun * params.begin_cost, params.workers);
   const int begin_cost = params.begin_cost;
   bool whole = params.batch_invariant, aligned = false;  // whether no worker has tiles of two requests
-  int workers = params.workers, extra = 0;  // that may get something; of the allotment
+  int workers = params.workers;  // that may get something
   if (!whole) {
     whole_tiles[thread] = 0;
     __syncthreads();
@@ -129,13 +125,14 @@ __global__ void __launch_bounds__(kPlanThreads) plan_kernel(PlanParams params, S
     if (whole_tiles[thread] > 0) atomicMax(&longest_whole_share, whole_tiles[thread]);
     __syncthreads();
 
-    const int sharing = max(1, min(params.workers, all_tiles / params.least_share));
+    const int single = min(all_tiles, params.workers / 2);  // workers that may have one tile each
+    const int sharing = max(1, min(params.workers, max(single, all_tiles / params.least_share)));
     if (begun <= sharing) {
       // Every warp tries a limit of its own, and the lowest one that suffices is taken.
       const int even_share = max(1, all_tiles / sharing);
       Allotment tried = {even_share + thread / 32, 0, 0};
       for (int request = thread % 32; request < requests; request += 32) {
-        const int own_workers = tried.workers_of(tiles_of(params.seq_lens[request]), 0);
+        const int own_workers = tried.workers_of(tiles_of(params.seq_lens[request]));
         tried.workers += own_workers, tried.split += own_workers > 1;
       }
       tried.workers = __reduce_add_sync(~0u, tried.workers), tried.split = __reduce_add_sync(~0u, tried.split);
@@ -150,9 +147,7 @@ __global__ void __launch_bounds__(kPlanThreads) plan_kernel(PlanParams params, S
     const Division splitting(division.total, sharing);
     // Shares that begin anywhere begin with a part and end with another one. Where many workers can help, parts cost less.
     int split_cost = aligned ? params.split_cost : 2 * params.split_cost;
-    extra = allotment.extra(sharing);
-    const int busy = aligned ? allotment.workers + extra * allotment.split : sharing;
-    if (aligned && busy <= params.workers / 4) split_cost = max(1, params.split_cost / 3);
+    if (aligned && allotment.workers <= params.workers / 4) split_cost = max(1, params.split_cost / 3);
     whole = longest_whole_share <= (aligned ? allotment.most : splitting.quotient) + split_cost + begin_cost;
     aligned &= !whole;
     if (!whole) division = splitting, workers = sharing;
@@ -170,7 +165,7 @@ __global__ void __launch_bounds__(kPlanThreads) plan_kernel(PlanParams params, S
     const int begin = tile + (begun_before + sum_before(tiles > 0, begun_sum)) * begin_cost;
     Beginning own = {request, seq_len, begin + begin_cost, tile, 0, 0, 1};
     if (aligned) {
-      own.workers = allotment.workers_of(tiles, extra);
+      own.workers = allotment.workers_of(tiles);
       own.first_worker = workers_before + sum_before(own.workers, workers_sum);
     } else if (!whole && tiles > 0) {
       own.first_worker = division.worker_of(own.position);

@@ -48,15 +48,14 @@ def pieces_of_requests(shares: list[list[int]], tiles: list[int]) -> list[list[P
 def workers_of_their_own(tiles: list[int], workers: int, uneven_cost: int, whole_cost: int) -> list[int] | None:
     """How many of so many workers every request gets if none has tiles of two, or None if that is too uneven.
 
-    Of limits to a worker's tiles, the lowest that there are workers enough for; split requests get what is left.
+    Of limits to a worker's tiles, the lowest that there are workers enough for.
     """
     even_share = max(1, sum(tiles) // workers)
     for most in range(even_share, even_share + max(uneven_cost, whole_cost) + 1):
         counts = [-(-count // most) for count in tiles]
         split = sum(count > 1 for count in counts)
         if 0 < sum(counts) <= workers and most <= even_share + (uneven_cost if split else whole_cost):
-            extra = (workers - sum(counts)) // max(1, split)
-            return [min(mine, count + extra) if count > 1 else count for mine, count in zip(tiles, counts, strict=True)]
+            return counts
     return None
 
 
@@ -72,7 +71,7 @@ def check_balance(
     of_kernel = next((numbers for rows, numbers in of_kernels.items() if query_rows <= rows), (2, 3, 5, 5, 2))
     least_share, begin_cost, uneven_cost, whole_cost, split_cost = of_kernel
     total, begun = sum(tiles), sum(count > 0 for count in tiles)
-    workers = min(len(shares), max(1, total // least_share))
+    workers = max(1, min(len(shares), max(min(total, len(shares) // 2), total // least_share)))
     own_workers = workers_of_their_own(tiles, workers, uneven_cost, whole_cost)
     if most_parts and own_workers:
         mine = pieces_of_requests(shares, tiles)

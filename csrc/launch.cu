@@ -57,8 +57,8 @@ CUtensorMap encode(CUtensorMapDataType type, const void* data, int64_t columns, 
 // The decode kernels, and what each means for the schedule: how many query rows of a request a worker attends at a time, how many
 // thread blocks a worker is, and the numbers of sm90::PlanParams, as measured (docs/performance/notes.md, "What shares cost",
 // "Short requests stay whole", "Completed by the first worker", "One launch for many rows", "Parts in float16", "Float16
-// for 33 to 64 rows, too", "Workers of their own", "48 rows for many short requests"), and whether it is for many short requests
-// only: for more of them than there are clusters, none of which has more than kShortRequest cached tokens.
+// for 33 to 64 rows, too", "Workers of their own", "48 rows for many short requests", "Who gets tiles"), and whether it is for
+// many short requests only: for more of them than there are clusters, none of which has more than kShortRequest cached tokens.
 enum class Kernel {
   kNarrow16, kNarrow32, kNarrow48, kNarrow64, kWide64, kWide128,
   kQuantized16, kQuantized32, kQuantized64, kQuantized128

@@ -11,7 +11,7 @@
 // Where there is a worker for every request at least, each gets workers of its own, so many that none has more than a limit, unless
 // that would have to be much more than an even share: to leave a few idle costs less than to let most of them begin anew in the
 // middle of their share. Parts then come at the same time, and all who have one add them up. Workers that are left over help with
-// that: if they took tiles, there would be more parts, and nobody would be ready sooner.
+// that: if they took tiles, there would be more parts, and the last one would not be ready sooner.
 //
 // And no request is split where that would save less time than it takes to combine parts, or in a batch-invariant schedule: the
 // worker with a request's beginning has all of it.
@@ -32,7 +32,7 @@ struct PlanParams {
   const int32_t* seq_lens;
   int requests;
   int workers;      // at most
-  int least_share;  // if more than half of the workers have something, this on average
+  int least_share;  // of workers that divide requests, on average, if these are more than half of all
   int begin_cost;   // of a request
   int uneven_cost;  // of shares that begin anywhere, if otherwise some requests were split
   int whole_cost;   // and if otherwise none were

@@ -78,6 +78,7 @@ class BuildKernels(build_ext):
         library.parent.mkdir(parents=True, exist_ok=True)
         common = ["-O3", "-c"]
         kernels = [nvcc, "-std=c++17", *common, f"-gencode={TARGET}", "-Xcompiler=-fPIC", "-Xptxas=-v", "-no-compress"]
+        kernels += ["--split-compile=0"]  # on all of the processor's cores
         binding = [nvcc, "-std=c++20", *common, "-Xcompiler=-fPIC", f"-DTORCH_TARGET_VERSION={TORCH_TARGET}"]
         compilations = (
             [*kernels, str(ROOT / "csrc/launch.cu"), "-o", str(objects / "launch.o")],

@@ -186,6 +186,28 @@ def test_short_requests_stay_whole(heads: int, least_split: int) -> None:
         assert sum(share[2] for share in shares) == 33 * tiles
 
 
+@pytest.mark.parametrize(
+    ("heads", "seq_lens", "workers", "helpers"),
+    [
+        (16, [4096], 64, 68),
+        (16, [300], 5, 127),
+        (16, [4096] * 8, 128, 4),
+        (64, [100], 1, 0),
+        (128, [100], 1, 0),
+        (128, [300], 5, 61),
+        (128, [4096], 32, 34),
+        (128, [4096] * 8, 64, 2),
+    ],
+)
+def test_who_gets_tiles_and_who_helps(heads: int, seq_lens: list[int], workers: int, helpers: int) -> None:
+    """Up to half of the workers may have a single tile, and those that would not shorten the longest share help."""
+    if torch.cuda.get_device_properties(0).multi_processor_count != 132:
+        pytest.skip("the numbers are those of 132 multiprocessors")
+    shares, _ = plan(seq_lens, heads, 1, False)
+    assert sum(share[2] > 0 for share in shares) == workers
+    assert sum(share[2] == 0 and share[5] > 0 for share in shares) == helpers
+
+
 @pytest.mark.parametrize("heads", [16, 64, 128])
 @pytest.mark.parametrize("length", [200, 2000, 20_000])
 def test_requests_without_tokens_change_nothing(heads: int, length: int) -> None:

@@ -103,7 +103,6 @@ constexpr bool all_choices(Condition holds) {
   return true;
 }
 static_assert(all_choices([](const Choice& choice) { return kTileTokens / choice.cluster >= kLeastBox; }));
-static_assert(all_choices([](const Choice& c) { return c.uneven_cost < sm90::kLimits && c.whole_cost < sm90::kLimits; }));
 static_assert(all_choices([](const Choice& c) { return c.cluster > 1 || c.rows <= 32 || c.most_parts == 0; }),
               "narrow kernels with more than 32 rows complete no requests");
 constexpr int kClusters = 66;       // of two multiprocessors, on the largest Hopper GPU

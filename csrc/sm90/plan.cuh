@@ -24,8 +24,9 @@
 
 namespace mla_backend::sm90 {
 
-constexpr int kPlanThreads = 1024;
-constexpr int kLimits = kPlanThreads / 32;  // to the tiles of a worker that are tried
+// A thread for each worker, and for each request of a round. More would have more instructions to issue and end no sooner.
+constexpr int kPlanThreads = 256;
+constexpr int kPlanWarps = kPlanThreads / 32;
 
 // What the plan depends on beside the lengths. Costs are in tiles.
 struct PlanParams {
@@ -61,8 +62,7 @@ struct Division {
 
 // How many workers requests get that have workers of their own, of which none has more than `most` tiles.
 struct Allotment {
-  int most;
-  int workers, split;  // of all requests, and how many of these are split
+  int most, workers;
 
   __device__ int workers_of(int tiles) const { return (tiles + most - 1) / most; }
 };
@@ -128,17 +128,22 @@ __global__ void __launch_bounds__(kPlanThreads) plan_kernel(PlanParams params, S
     const int single = min(all_tiles, params.workers / 2);  // workers that may have one tile each
     const int sharing = max(1, min(params.workers, max(single, all_tiles / params.least_share)));
     if (begun <= sharing) {
-      // Every warp tries a limit of its own, and the lowest one that suffices is taken.
-      const int even_share = max(1, all_tiles / sharing);
-      Allotment tried = {even_share + thread / 32, 0, 0};
-      for (int request = thread % 32; request < requests; request += 32) {
-        const int own_workers = tried.workers_of(tiles_of(params.seq_lens[request]));
-        tried.workers += own_workers, tried.split += own_workers > 1;
+      // Every warp tries limits of its own, and the lowest one that suffices is taken.
+      const int even_share = max(1, all_tiles / sharing), highest = even_share + max(params.uneven_cost, params.whole_cost);
+      Allotment tried = {even_share + thread / 32, 0};
+      bool suffices = false;
+      for (; tried.most <= highest; tried.most += kPlanWarps) {
+        int own_workers = 0, split = 0;
+        for (int request = thread % 32; request < requests; request += 32) {
+          const int of_request = tried.workers_of(tiles_of(params.seq_lens[request]));
+          own_workers += of_request, split += of_request > 1;
+        }
+        tried.workers = __reduce_add_sync(~0u, own_workers), split = __reduce_add_sync(~0u, split);
+        const int longest = even_share + (split > 0 ? params.uneven_cost : params.whole_cost);
+        suffices = tried.workers <= sharing && tried.most <= longest;
+        if (suffices) break;
       }
-      tried.workers = __reduce_add_sync(~0u, tried.workers), tried.split = __reduce_add_sync(~0u, tried.split);
-      const int longest = even_share + (tried.split > 0 ? params.uneven_cost : params.whole_cost);
-      const bool suffices = thread % 32 == 0 && tried.workers <= sharing && tried.most <= longest;
-      if (suffices) atomicMin(&lowest_limit, tried.most);
+      if (suffices && thread % 32 == 0) atomicMin(&lowest_limit, tried.most);
       __syncthreads();
       if (suffices && tried.most == lowest_limit) allotment = tried;
       __syncthreads();
